@@ -1,0 +1,338 @@
+"""The method: each test is a claim about VPD, checked against something independent of vpd.py."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vpd
+
+ROOT = Path(vpd.__file__).parent
+
+
+class Net(nn.Module):
+    """Two linear layers, one with a bias, a nonlinearity in between; any input shape (..., 4) -> (..., 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.last = nn.Linear(5, 3, bias=False)
+
+    def forward(self, x):
+        return self.last(F.gelu(self.first(x)))
+
+
+C = {"first": 6, "last": 7}
+
+
+def make(seed=0, dtype=torch.float64, shape=(2, 3)):
+    """A net, U, V, a batch of `shape` positions, and masks for it."""
+    torch.manual_seed(seed)
+    model = Net().to(dtype).eval()
+    sizes = {path: model.get_submodule(path).weight.shape for path in C}
+    U = {path: torch.randn(C[path], d_out, dtype=dtype) for path, (d_out, _) in sizes.items()}
+    V = {path: torch.randn(d_in, C[path], dtype=dtype) for path, (_, d_in) in sizes.items()}
+    masks = {path: torch.rand(*shape, C[path] + 1, dtype=dtype) for path in C}
+    return model, U, V, torch.randn(*shape, 4, dtype=dtype), masks
+
+
+def explicit_weight(W, U, V, m):
+    """W'(m) of one position, term by term from the definition."""
+    delta = W - sum(torch.outer(U[c], V[:, c]) for c in range(len(U)))
+    return sum(m[c] * torch.outer(U[c], V[:, c]) for c in range(len(U))) + m[-1] * delta
+
+
+def explicit_output(model, U, V, masks, x, position):
+    """The net at one position, with its own weights built for it."""
+    weights = {p: explicit_weight(model.get_submodule(p).weight, U[p], V[p], masks[p][position]) for p in C}
+    return weights["last"] @ F.gelu(weights["first"] @ x[position] + model.first.bias)
+
+
+# --- 2  the masked forward pass ---
+
+
+@pytest.mark.parametrize("routed", list(itertools.product([True, False], repeat=2)))
+@pytest.mark.parametrize("delta", ["0", "1", "between"])
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+def test_masked_forward_is_the_forward_with_the_explicit_weights(routed, delta, shape):
+    model, U, V, x, masks = make(shape=shape)
+    for path, on in zip(C, routed):
+        if delta != "between":
+            masks[path][..., -1] = float(delta)
+        if not on:
+            masks[path] = torch.ones_like(masks[path])
+    output = vpd.masked_forward(model, U, V, masks, x)
+    for position in itertools.product(*map(range, shape)):
+        torch.testing.assert_close(output[position], explicit_output(model, U, V, masks, x, position), rtol=1e-12, atol=1e-12)
+
+
+def test_masks_of_one_give_the_target_to_the_last_bit():
+    model, U, V, x, masks = make(dtype=torch.float32)
+    ones = {path: torch.ones_like(m) for path, m in masks.items()}
+    assert torch.equal(vpd.masked_forward(model, U, V, ones, x), model(x))
+
+
+def test_a_masked_pass_leaves_no_trace_even_if_it_raises():
+    model, U, V, x, masks = make(dtype=torch.float32)
+    before, weights = model(x), copy.deepcopy(model.state_dict())
+    vpd.masked_forward(model, U, V, masks, x)
+    for broken in ({**masks, "last": masks["last"][..., :-2]}, {**masks, "nowhere": masks["last"]}):
+        with pytest.raises(Exception):
+            vpd.masked_forward(model, U, V, broken, x)
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(a, b) for a, b in zip(weights.values(), model.state_dict().values()))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# --- 3  leaky hard sigmoids and masks ---
+
+GRID = [-3.0, -1e-3, 0.0, 1e-3, 0.5, 0.999, 1.001, 4.0]
+
+
+@pytest.mark.parametrize("incoming", [-2.0, 3.0])
+def test_lower_leaky_gradient(incoming):
+    z = torch.tensor(GRID, dtype=torch.float64, requires_grad=True)
+    g = vpd.lower_leaky(z)
+    assert g.tolist() == [min(max(x, 0), 1) for x in GRID]
+    g.backward(torch.full_like(g, incoming))
+    leak = 0.01 * incoming if incoming < 0 else 0.0  # only where descent would raise g
+    assert z.grad.tolist() == [leak if x <= 0 else incoming if x <= 1 else 0.0 for x in GRID]
+
+
+def test_upper_leaky_value_and_gradient():
+    z = torch.tensor(GRID, dtype=torch.float64, requires_grad=True)
+    g = vpd.upper_leaky(z)
+    torch.testing.assert_close(g.detach(), torch.tensor([0.0 if x < 0 else x if x <= 1 else 1 + 0.01 * (x - 1) for x in GRID], dtype=z.dtype))
+    h = 1e-6
+    inner = [i for i, x in enumerate(GRID) if x != 0]  # finite differences, away from the kink at 0
+    slope = (vpd.upper_leaky(z.detach() + h) - vpd.upper_leaky(z.detach() - h)) / (2 * h)
+    g.sum().backward()
+    torch.testing.assert_close(z.grad[inner], slope[inner], rtol=1e-6, atol=1e-9)
+
+
+def test_importance_one_pins_a_mask_and_delta_is_always_free():
+    z = {"a": torch.tensor([[5.0, -5.0, 0.25]])}
+    r = {"a": torch.tensor([[0.1, 0.2, 0.5, 0.7]])}
+    mask = vpd.make_masks(vpd.causal_importances(z), r)["a"]
+    torch.testing.assert_close(mask, torch.tensor([[1.0, 0.2, 0.625, 0.7]]))
+
+
+# --- 4  causal importance functions ---
+
+
+def test_each_importance_mlp_is_its_own_mlp_on_its_own_activation():
+    model, U, V, x, _ = make(dtype=torch.float32, shape=(2, 3))
+    G = vpd.ImportanceMLPs({p: (V[p].shape[0], C[p]) for p in C}, vpd.Config())
+    torch.nn.init.normal_(G.b_in), torch.nn.init.normal_(G.b_out)
+    _, inputs = vpd.forward_with_inputs(model, C, x)
+    z = G(inputs, U, V)
+    index = 0
+    for path in C:
+        for c in range(C[path]):
+            a = (inputs[path] @ V[path][:, c]) * U[path][c].norm()  # ||U_c|| V_c^T x, (2, 3)
+            hidden = F.gelu(a[..., None] * G.w_in[index, 0] + G.b_in[index, 0])
+            torch.testing.assert_close(z[path][..., c], hidden @ G.w_out[index, :, 0] + G.b_out[index, 0, 0], rtol=1e-4, atol=1e-5)
+            index += 1
+
+
+def test_rotary_embedding_makes_scores_depend_on_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    rotated_q, rotated_k = (vpd.rotate(x.expand(1, 1, 12, 8)) for x in (q, k))
+    scores = (rotated_q @ rotated_k.mT)[0, 0]  # (12, 12)
+    for distance in range(-11, 12):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)  # float32 angles
+    # the first pair of planes turns by one radian per position, the second by 10000^(-1/4), and so on
+    angle = 10000.0 ** (-torch.arange(4) / 4.0).double()
+    complex_q, complex_k = torch.complex(q[:4], q[4:]), torch.complex(k[:4], k[4:])
+    expected = (complex_q.conj() * complex_k * torch.polar(torch.ones(4).double(), 3 * angle)).real.sum()
+    torch.testing.assert_close(scores[2, 5], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_importance_transformer_sees_both_directions_and_not_the_other_sequences():
+    torch.manual_seed(0)
+    shapes = {"a": (4, 3), "b": (6, 5)}
+    G = vpd.ImportanceTransformer(shapes, vpd.Config(G_width=16, G_blocks=1, G_heads=2))
+    inputs = {p: torch.randn(2, 7, d) for p, (d, _) in shapes.items()}
+    before = G(inputs, {}, {})
+    assert {p: z.shape for p, z in before.items()} == {"a": (2, 7, 3), "b": (2, 7, 5)}
+    inputs["a"][0, 3] += 1
+    changed = (G(inputs, {}, {})["b"] - before["b"]).abs().amax(-1) > 1e-6  # (2, 7)
+    assert changed[0].all() and not changed[1].any()
+    scaled = G({p: 100 * x for p, x in inputs.items()}, {}, {})["b"]
+    torch.testing.assert_close(scaled, G(inputs, {}, {})["b"], rtol=1e-3, atol=1e-3)  # inputs are RMS-normalised
+
+
+# --- 5  the five losses ---
+
+
+def test_divergences_against_their_definitions():
+    torch.manual_seed(0)
+    target, output = torch.randn(2, 3, 5, 7, dtype=torch.float64).unbind()
+    p, q = target.softmax(-1), output.softmax(-1)
+    torch.testing.assert_close(vpd.kl(target, output).double(), (p * (p / q).log()).sum(-1).mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(vpd.mse(target, output).double(), ((target - output) ** 2).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, 0.4])
+def test_minimality_losses_against_their_definitions_and_over_a_split_batch(p):
+    torch.manual_seed(0)
+    z = {"a": torch.randn(4, 3, 5) + 0.3, "b": torch.randn(4, 3, 2)}
+    S, positions = vpd.importance_sums(z, p)
+    importance = frequency = 0.0
+    for score in z.values():
+        for c in range(score.shape[-1]):
+            g = [max(min(x, 1.0), 0.0) + 0.01 * max(x - 1, 0.0) for x in score[..., c].double().flatten().tolist()]
+            used = sum(x**p for x in g)
+            importance += used / 12
+            frequency += used * math.log2(1 + used) / 12
+    assert vpd.importance_minimality(S, positions).item() == pytest.approx(importance, rel=1e-3)
+    assert vpd.frequency_minimality(S, positions).item() == pytest.approx(frequency, rel=1e-3)
+
+    parts = [vpd.importance_sums({path: score[half] for path, score in z.items()}, p) for half in (slice(0, 1), slice(1, 4))]
+    S_parts, positions_parts = parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+    for loss in (vpd.importance_minimality, vpd.frequency_minimality):
+        torch.testing.assert_close(loss(S_parts, positions_parts), loss(S, positions))
+        assert loss(*parts[0]) + loss(*parts[1]) != pytest.approx(2 * loss(S, positions).item(), rel=1e-3)
+
+
+def test_minimality_gradient_is_finite_where_importances_are_zero():
+    z = {"a": torch.tensor([[0.0, -1.0, 1e-8, 0.5]], requires_grad=True)}
+    S, positions = vpd.importance_sums(z, 0.4)
+    vpd.frequency_minimality(S, positions).backward()
+    assert z["a"].grad.isfinite().all() and z["a"].grad[0, 1] == 0
+
+
+def test_delta_l2_against_the_definition():
+    model, U, V, *_ = make()
+    total = sum((explicit_weight(model.get_submodule(p).weight, U[p], V[p], torch.tensor([0.0] * C[p] + [1.0])) ** 2).sum() for p in C)
+    assert vpd.delta_l2(model, U, V).item() == pytest.approx((total / (20 + 15)).item(), rel=1e-5)
+
+
+def test_routing_draws_a_uniform_number_of_uniformly_chosen_matrices():
+    L, n = 3, 60_000
+    masks = {str(l): torch.zeros(n, 2) for l in range(L)}
+    routed = torch.stack([m[:, 0] == 0 for m in vpd.route(masks, torch.Generator().manual_seed(0)).values()], -1)  # (n, L)
+    counts = {}
+    for subset in map(tuple, routed.int().tolist()):
+        counts[subset] = counts.get(subset, 0) + 1
+    for subset in itertools.product([0, 1], repeat=L):
+        k = sum(subset)
+        expected = n / L / math.comb(L, k) if k else 0  # k ~ Uniform{1..L}, then any of the subsets of size k
+        assert abs(counts.get(subset, 0) - expected) <= 5 * math.sqrt(expected), subset
+    mask = vpd.route(masks, torch.Generator().manual_seed(0))["0"]
+    assert ((mask == 0).all(-1) | (mask == 1).all(-1)).all()  # Delta's column is routed with the others
+
+
+# --- 6, 7  the adversary and the training step ---
+
+
+def start(config, seed=0, shape=(16,)):
+    """A net and a training at step 0, float32."""
+    torch.manual_seed(seed)
+    model = Net().eval()
+    x = torch.randn(*shape, 4)
+    inputs = vpd.check(model, C, x, config)
+    training = vpd.start(model, C, inputs, config)
+    vpd.faithfulness_warmup(model, training.decomposition, config)
+    return model, training, x
+
+
+def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
+    config = vpd.Config(G="mlp", adversary_lr=0.05)
+    model, training, x = start(config)
+    U, V = vpd.detached(training.decomposition.U), vpd.detached(training.decomposition.V)
+    target, g = vpd.predict_importances(model, training.decomposition, x)
+    r = list(training.sources.values())
+    found = []
+    for _ in range(60):
+        loss = vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, training.sources)
+        found.append(loss.item())
+        vpd.ascend(training.adversary, torch.autograd.grad(loss, r))
+        assert all(((source >= 0) & (source <= 1)).all() for source in r)
+    random = [
+        vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, {p: torch.rand_like(s) for p, s in training.sources.items()}).item()
+        for _ in range(50)
+    ]
+    assert found[-1] > found[0] and found[-1] > max(random)
+    assert any((source == 1).any() for source in r) and any((source == 0).any() for source in r)  # the clamp was needed
+
+
+def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
+    config = vpd.Config(G="mlp", adversary_steps=0, importance=0.3, frequency=0.1, delta=0.7, clip_UV=1e9, clip_G=1e9, p_start=1.5)
+    model, training, x = start(config)
+    copied = copy.deepcopy(training)
+    copied.noise = torch.Generator().manual_seed(config.seed)  # where the step's own generator begins
+    U, V, G, r = copied.decomposition.U, copied.decomposition.V, copied.decomposition.G, copied.sources
+    leaves = [*U.values(), *V.values(), *G.parameters()]
+
+    def forward():
+        target, inputs = vpd.forward_with_inputs(model, C, x)
+        z = G(inputs, U, V)
+        return target, z, vpd.causal_importances(z)
+
+    expected = [torch.zeros_like(leaf) for leaf in leaves]
+    for name in ("stochastic", "adversarial", "importance", "frequency", "delta"):
+        target, z, g = forward()
+        S, n = vpd.importance_sums(z, 1.5)
+        loss = {
+            "stochastic": lambda: vpd.stochastic_reconstruction(model, U, V, g, x, target, vpd.mse, copied.noise),
+            "adversarial": lambda: vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, r),
+            "importance": lambda: vpd.importance_minimality(S, n),
+            "frequency": lambda: vpd.frequency_minimality(S, n),
+            "delta": lambda: vpd.delta_l2(model, U, V),
+        }[name]()
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+        expected = [e + getattr(config, name) * (0 if d is None else d) for e, d in zip(expected, gradients)]
+        if name == "adversarial":
+            expected_sources = torch.autograd.grad(loss, list(r.values()))
+
+    vpd.training_step(model, x, vpd.mse, training, config)
+    actual = [*training.decomposition.U.values(), *training.decomposition.V.values(), *training.decomposition.G.parameters()]
+    for e, leaf in zip(expected, actual):
+        torch.testing.assert_close(leaf.grad, e, rtol=1e-3, atol=1e-6)
+    for e, source in zip(expected_sources, training.sources.values()):
+        torch.testing.assert_close(source.grad, e, rtol=1e-4, atol=1e-9)
+    assert all(parameter.grad is None for parameter in model.parameters())  # the target gets none
+
+
+def test_a_training_step_never_changes_the_target():
+    config = vpd.Config(G="mlp")
+    model, training, x = start(config)
+    weights, before = copy.deepcopy(model.state_dict()), model(x)
+    for _ in range(3):
+        vpd.training_step(model, x, vpd.mse, training, config)
+    assert all(torch.equal(a, b) for a, b in zip(weights.values(), model.state_dict().values()))
+    assert torch.equal(model(x), before)
+
+
+def test_the_warmup_fits_the_weights_with_u_and_v_alone():
+    model, training, x = start(vpd.Config(G="mlp", warmup_steps=0))
+    _, warm, _ = start(vpd.Config(G="mlp"))
+    before, after = (vpd.delta_l2(model, t.decomposition.U, t.decomposition.V).item() for t in (training, warm))
+    assert after < before / 5
+    G, warm_G = training.decomposition.G.state_dict(), warm.decomposition.G.state_dict()
+    assert all(torch.equal(G[key], warm_G[key]) for key in G)
+
+
+def test_a_sequence_model_goes_through_the_same_decompose():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 4), Net()).eval()
+    paths = {"1.first": 6, "1.last": 7}
+    config = vpd.Config(steps=4, G_width=16, G_blocks=1, G_heads=2, importance=1e-2)
+    found = vpd.decompose(model, paths, lambda generator: torch.randint(11, (3, 5), generator=generator), vpd.kl, config)
+    metrics = vpd.evaluate(model, found, [torch.randint(11, (3, 5))], vpd.kl)
+    assert metrics["total"]["C"] == 13 and set(metrics["adversary"]) == {"20", "40", "80"}
