@@ -45,6 +45,11 @@ class TMS(nn.Module):
         self.W = nn.Linear(features, dimensions, bias=False)  # weight: M x N, one column per feature
         self.identity = nn.Linear(dimensions, dimensions, bias=False) if identity else None
         self.WT = nn.Linear(dimensions, features)  # weight: N x M
+        with torch.no_grad():  # columns of unit norm: from smaller ones, training drops features instead of packing them
+            self.W.weight.copy_(F.normalize(torch.randn(dimensions, features), dim=0))
+            self.WT.bias.zero_()
+            if identity:
+                nn.init.eye_(self.identity.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.W(x)

@@ -472,7 +472,7 @@ def finite_or_stop(values: dict[str, Tensor], target: Tensor, step: int) -> dict
         if not math.isfinite(number):
             if not target.isfinite().all():
                 name = "target model's output"
-            raise BadInput(f"the {name} is not finite at step {step}: nothing after the last checkpoint is kept; lower lr, or look at the data")
+            raise BadInput(f"the {name} is not finite at step {step}; the last checkpoint is kept. Lower lr, or look at the data")
     return numbers
 
 
@@ -536,9 +536,13 @@ def best_device() -> str:
 
 def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) -> dict[str, Tensor]:
     """Refuse, in one line and before any training, what cannot be decomposed. Returns the inputs {path: (..., d_in)}."""
+    if config.steps < 1:
+        raise BadInput(f"steps is {config.steps}: there must be at least 1")
+    if config.G not in ("mlp", "transformer"):
+        raise BadInput(f"G is {config.G!r}: there are 'mlp' and 'transformer'")
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not C:
-        raise BadInput(f"no matrix to decompose: give C = {{path: number of subcomponents}}, for example {{{linears[0]!r}: 20}}")
+        raise BadInput(f"no matrix to decompose: give C = {{path: number of subcomponents}}; the model's nn.Linears are {', '.join(linears)}")
     for path, number in C.items():
         if path not in linears:
             nearest = difflib.get_close_matches(path, linears, n=3, cutoff=0.0)

@@ -1,0 +1,210 @@
+"""Runs: kill and resume, reproducibility, and every bad input that must end in one clear line."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import vpd
+from test_vpd import C, Net
+
+ROOT = Path(vpd.__file__).parent
+CONFIG = vpd.Config(steps=120, warmup_steps=20, importance=1e-4)
+
+RUN = f"""
+import sys, torch
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+torch.set_num_threads(1)
+from test_runs import decompose_net
+decompose_net(sys.argv[1])
+"""
+
+
+def batches(generator):
+    return torch.randn(32, 4, generator=generator)
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def decompose_net(out, config=CONFIG, model=None, sizes=C, get_batch=batches, divergence=vpd.mse):
+    """The run that the tests kill, resume and spoil. A checkpoint after every step."""
+    return vpd.decompose(model or net(), sizes, get_batch, divergence, config, out, checkpoint_seconds=0)
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_run_killed_again_and_again_ends_bit_identical_to_one_that_was_never_interrupted(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([sys.executable, "-c", RUN, whole], check=True, capture_output=True)
+    for until in (30, 60, 90):
+        process = subprocess.Popen([sys.executable, "-c", RUN, killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # a checkpoint follows every step, so that the kill probably falls into the writing of one
+        while process.poll() is None and steps_saved(killed) < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and until <= steps_saved(killed) < CONFIG.steps
+    subprocess.run([sys.executable, "-c", RUN, killed], check=True, capture_output=True)
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, killed))
+    for key in a.keys() - {"seconds", "log_bytes"}:
+        assert same(a[key], b[key]), key
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, killed)]
+    for lines in logs:
+        [line.pop("seconds") for line in lines]
+    assert logs[0] == logs[1]
+
+
+def steps_saved(folder):
+    """Steps in a folder's checkpoint. A checkpoint that is half-written would fail to load here."""
+    path = Path(folder) / "checkpoint.pt"
+    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
+
+
+def test_a_seed_fixes_the_result_and_another_seed_changes_it():
+    config = dataclasses.replace(CONFIG, steps=20)
+    first, again = decompose_net(None, config), decompose_net(None, config)
+    other = decompose_net(None, dataclasses.replace(config, seed=1))
+    assert same(first.U, again.U) and same(first.G.state_dict(), again.G.state_dict())
+    assert not same(first.U, other.U)
+
+
+def test_a_finished_run_is_loaded_and_not_repeated(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=10)
+    first = decompose_net(tmp_path, config)
+    written = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    again = decompose_net(tmp_path, config)
+    assert same(first.U, again.U) and same(first.G.state_dict(), again.G.state_dict())
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == written
+
+
+# --- Bad input ---
+
+
+class Tied(nn.Module):
+    """Two matrices that share their memory, one as the transpose of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3, bias=False), nn.Linear(3, 4, bias=False)
+        self.last.weight = nn.Parameter(self.first.weight.detach().T)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.square, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.square(self.square(x))
+
+
+def nan_net():
+    model = net()
+    model.first.bias.data[0] = torch.nan
+    return model
+
+
+small = dataclasses.replace(CONFIG, steps=3)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(sizes={"frist": 4}), r"'frist' is not an nn.Linear.*nearest that are: first"),
+        (dict(sizes={"": 4}), r"is not an nn.Linear"),
+        (dict(sizes={}), r"no matrix to decompose"),
+        (dict(sizes={"first": 0}), r"C\['first'\] is 0.*at least 1"),
+        (dict(sizes={"first": 2.5}), r"C\['first'\] is 2.5"),
+        (dict(model=Tied().eval(), sizes={"first": 4}), r"first.weight is tied to last.weight"),
+        (dict(model=Twice().eval(), sizes={"square": 4}), r"square runs more than once"),
+        (dict(model=Twice().eval(), sizes={"unused": 4}), r"unused does not run"),
+        (dict(model=net().train()), r"call model.eval\(\)"),
+        (dict(model=nan_net()), r"target model's output is not finite on the first batch"),
+        (dict(config=dataclasses.replace(small, G="transformer")), r"set G='mlp'"),
+        (dict(config=dataclasses.replace(small, steps=0)), r"steps is 0"),
+        (dict(config=dataclasses.replace(small, G="lstm")), r"G is 'lstm'"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(tmp_path, arguments, message):
+    with pytest.raises(vpd.BadInput, match=message) as error:
+        decompose_net(tmp_path / "run", **{"config": small, **arguments})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_of_another_shape_is_refused_and_the_checkpoint_kept(tmp_path):
+    count = iter([32] * 4 + [31] * 9)
+    with pytest.raises(vpd.BadInput, match=r"batch 3 has shape \(31, 4\), the first had \(32, 4\)"):
+        decompose_net(tmp_path, get_batch=lambda generator: torch.randn(next(count), 4, generator=generator))
+    assert steps_saved(tmp_path) == 3
+
+
+def test_a_target_that_turns_nan_stops_the_run_names_itself_and_keeps_the_checkpoint(tmp_path):
+    drawn = iter(range(99))
+    with pytest.raises(vpd.BadInput, match="target model's output is not finite at step 3"):
+        decompose_net(tmp_path, get_batch=lambda generator: batches(generator) * (torch.nan if next(drawn) == 4 else 1))
+    assert steps_saved(tmp_path) == 3
+    assert all(x.isfinite().all() for x in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["U"].values())
+
+
+def test_a_loss_that_turns_inf_stops_the_run_and_is_named(tmp_path):
+    calls = iter(range(10**6))
+    with pytest.raises(vpd.BadInput, match="the (stochastic|adversarial) .*is not finite at step 5"):
+        # four evaluations a step: two inner ascents, the stochastic and the adversarial loss
+        decompose_net(tmp_path, divergence=lambda a, b: vpd.mse(a, b) * (torch.inf if next(calls) >= 20 else 1))
+    assert steps_saved(tmp_path) == 5
+
+
+def test_a_folder_that_holds_another_run_is_refused(tmp_path):
+    decompose_net(tmp_path, small)
+    with pytest.raises(vpd.BadInput, match=r"holds another run \(it differs in: lr\)"):
+        decompose_net(tmp_path, dataclasses.replace(small, lr=1.0))
+    with pytest.raises(vpd.BadInput, match=r"differs in: last\)"):
+        decompose_net(tmp_path, small, sizes={**C, "last": 9})
+    other = net()
+    other.first.weight.data += 1
+    with pytest.raises(vpd.BadInput, match=r"differs in: target model"):
+        decompose_net(tmp_path, small, model=other)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "cut", "foreign"])
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(tmp_path, content):
+    decompose_net(tmp_path, small)
+    path = tmp_path / "checkpoint.pt"
+    if content == "cut":
+        content = path.read_bytes()[: path.stat().st_size // 2]
+    if content == "foreign":
+        torch.save({"U": {}, "V": {}, "step": 7}, path)
+        content = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(vpd.BadInput, match="checkpoint.pt is damaged or is not of this run") as error:
+        decompose_net(tmp_path, small)
+    assert "\n" not in str(error.value) and path.read_bytes() == content
+
+
+def test_a_damaged_run_json_is_refused(tmp_path):
+    decompose_net(tmp_path, small)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(vpd.BadInput, match="run.json cannot be read"):
+        decompose_net(tmp_path, small)
