@@ -76,7 +76,7 @@ class Config:
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together
     clip_G: float = 1.0  # [none] the same for G: as p falls below 1 its gradient can explode
 
-    # Coefficients of the five losses. A loss with coefficient 0 is not computed.
+    # Coefficients of the five losses. The two reconstruction losses are not computed where theirs is 0.
     stochastic: float = 0.5  # [0.5]
     adversarial: float = 0.5  # [0.5]
     importance: float = 1e-4  # [2e-4] too high: importances fall below 1, reconstruction collapses; too low: all active
@@ -90,9 +90,9 @@ class Config:
 
     # The causal importance function: "mlp" for inputs without a sequence, "transformer" for sequences.
     G: str = "mlp"  # [transformer]
-    G_width: int = 128  # [2048] residual width of the transformer; hidden units per subcomponent of the MLP
-    G_blocks: int = 2  # [8] transformer only
-    G_heads: int = 4  # [16] transformer only
+    G_width: int = 128  # [2048] the transformer's width: more than the target's residual stream
+    G_blocks: int = 2  # [8] the transformer's depth: 0.5 to 2 times the target's
+    G_heads: int = 4  # [16] the transformer's attention heads
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,29 +211,34 @@ def make_masks(g: dict[str, Tensor], r: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # 4  Causal importance functions: who predicts the scores
 #
-# Both take the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, and V, and return raw
+# Both take the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, with U and V, and return raw
 # scores {path: (..., C)}. Which is used is `Config.G`.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class ImportanceMLPs(nn.Module):
-    """One tiny MLP per subcomponent, from its own read-out V_c^T x to its score ([SPD] appendix). For toy models.
+    """One tiny MLP (16 GELUs) per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
-    One hidden layer of GELUs. All subcomponents of all matrices are evaluated in two batched matrix products.
+    The input is the subcomponent activation ||U_c|| V_c^T x, and not V_c^T x: then a subcomponent whose weights have shrunk to
+    nothing sees nothing and stays off, where it otherwise goes on firing a little on rare inputs. All weights start positive,
+    so that a subcomponent begins as a detector of one sign of its activation (it may learn both): with random signs, two
+    features that point in almost opposite directions are often caught by one subcomponent, and training cannot part them.
+    All subcomponents of all matrices are evaluated in two batched matrix products.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
-        C, hidden = sum(C for _, C in shapes.values()), 16
-        self.sizes = [C for _, C in shapes.values()]
+        self.sizes, hidden = [C for _, C in shapes.values()], 16
+        C = sum(self.sizes)
         self.w_in = nn.Parameter(torch.randn(C, 1, hidden).abs())
         self.b_in = nn.Parameter(torch.zeros(C, 1, hidden))
         self.w_out = nn.Parameter(torch.randn(C, hidden, 1).abs() / hidden**0.5)
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
 
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> dict[str, Tensor]:
-        a = torch.cat([x @ V[path] * U[path].detach().norm(dim=-1) for path, x in inputs.items()], -1)  # (..., sum C)
-        h = F.gelu(torch.baddbmm(self.b_in, a.reshape(-1, a.shape[-1]).T[..., None], self.w_in))  # (sum C, positions, hidden)
+        norms = {path: U[path].detach().norm(dim=-1) for path in inputs}  # (C,)
+        a = torch.cat([x @ V[path] * norms[path] for path, x in inputs.items()], -1)  # (..., sum C)
+        h = F.gelu(torch.baddbmm(self.b_in, a.reshape(-1, a.shape[-1]).T[..., None], self.w_in))  # (sum C, positions, 16)
         z = torch.baddbmm(self.b_out, h, self.w_out).squeeze(-1).T.reshape(a.shape)  # (..., sum C)
         return dict(zip(inputs, z.split(self.sizes, -1)))
 
@@ -312,7 +317,7 @@ def route(masks: dict[str, Tensor], generator: torch.Generator) -> dict[str, Ten
     (do errors add up?) and one at a time (is each one right by itself?).
     """
     L, some = len(masks), next(iter(masks.values()))
-    rank = torch.rand(*some.shape[:-1], L, generator=generator, device=some.device).argsort(-1).argsort(-1)  # (..., L)
+    rank = torch.rand(*some.shape[:-1], L, generator=generator, device=some.device).argsort(-1)  # (..., L), a random order
     k = torch.randint(1, L + 1, (*some.shape[:-1], 1), generator=generator, device=some.device)  # (..., 1)
     return {path: torch.where((rank < k)[..., l, None], m, 1.0) for l, (path, m) in enumerate(masks.items())}
 
@@ -422,7 +427,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     # Schedules
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     training.optimizer.param_groups[0]["lr"] = config.lr * (config.lr_final + (1 - config.lr_final) * cosine)
-    training.adversary.param_groups[0]["lr"] = config.adversary_lr * min(1, done / 0.025)
+    training.adversary.param_groups[0]["lr"] = config.adversary_lr * min(1, (training.step + 1) / (0.025 * config.steps))
     p = config.p_start + (config.p_end - config.p_start) * done
 
     # The target, and what G thinks is needed of it here
@@ -431,8 +436,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     g = causal_importances(z)  # {path: (..., C + 1)}
 
     # The adversary's inner ascent: all but the sources is constant, so that no gradient is computed to be thrown away
+    fixed = detached(U), detached(V), detached(g)
     for _ in range(config.adversary_steps if config.adversarial else 0):
-        fixed = detached(U), detached(V), detached(g)
         loss = adversarial_reconstruction(model, *fixed, batch, target, divergence, sources)
         ascend(training.adversary, torch.autograd.grad(loss, r))
 
@@ -507,6 +512,8 @@ def decompose(
     training = start(model, C, inputs, config)
     if folder and (folder / "checkpoint.pt").exists():
         load_checkpoint(folder, training)
+    elif folder:
+        (folder / "log.jsonl").unlink(missing_ok=True)  # of a run killed before its first checkpoint
     if training.step == 0:
         faithfulness_warmup(model, training.decomposition, config)
 
@@ -586,10 +593,12 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
         G = make_G({path: (W.shape[1], C[path]) for path, W in weights.items()}, config).to(device)
         sources = {path: torch.rand(*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}
     U, V, sources = ({k: x.to(device).requires_grad_() for k, x in d.items()} for d in (U, V, sources))
+    # betas[1] = 0.99: with 0.999, gradients from when everything was active still damp the last steps that switch things off
     optimizer = torch.optim.AdamW([*U.values(), *V.values(), *G.parameters()], lr=config.lr, betas=(0.9, 0.99), weight_decay=0)
     # eps is far below the gradient of one source, which shrinks with the batch that the divergence is averaged over
     adversary = torch.optim.Adam(sources.values(), lr=config.adversary_lr, betas=(0.5, 0.99), eps=1e-20, maximize=True)
-    data, noise = torch.Generator().manual_seed(config.seed), torch.Generator(device).manual_seed(config.seed)
+    data = torch.Generator().manual_seed(config.seed)
+    noise = torch.Generator(device).manual_seed(config.seed + 1_000_003)  # another stream than the data's
     return Training(Decomposition(U, V, G), optimizer, sources, adversary, data, noise)
 
 

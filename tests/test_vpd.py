@@ -275,7 +275,7 @@ def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
     config = vpd.Config(G="mlp", adversary_steps=0, importance=0.3, frequency=0.1, delta=0.7, clip_UV=1e9, clip_G=1e9, p_start=1.5)
     model, training, x = start(config)
     copied = copy.deepcopy(training)
-    copied.noise = torch.Generator().manual_seed(config.seed)  # where the step's own generator begins
+    copied.noise = torch.Generator().set_state(training.noise.get_state())  # the step's own draws
     U, V, G, r = copied.decomposition.U, copied.decomposition.V, copied.decomposition.G, copied.sources
     leaves = [*U.values(), *V.values(), *G.parameters()]
 
