@@ -65,7 +65,8 @@ class BadInput(ValueError):
 class Config:
     """All settings of a decomposition. In brackets: the value of the published 4-layer language model run.
 
-    To adapt to a new model, tune in this order: importance, lr, adversary_lr, frequency, C, delta ([VPD], method.md 5).
+    To adapt to a new model, tune in this order: importance, lr, adversary_lr, frequency, the C given to `decompose`, delta.
+    G is the causal importance function (section 4), U and V are the subcomponents (section 2).
     """
 
     steps: int = 3000  # [400,000] training steps
@@ -80,8 +81,8 @@ class Config:
     stochastic: float = 0.5  # [0.5]
     adversarial: float = 0.5  # [0.5]
     importance: float = 1e-4  # [2e-4] too high: importances fall below 1, reconstruction collapses; too low: all active
-    frequency: float = 2e-3  # [1e-4] beta times importance in the paper, with beta = 0.5
-    delta: float = 0.5  # [1e7]
+    frequency: float = 2e-3  # [1e-4] its logarithm grows with the batch: retune it when the batch changes much
+    delta: float = 0.5  # [1e7] too high: U and V cannot move away from where the warm-up left them
 
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4]
@@ -236,7 +237,7 @@ class ImportanceMLPs(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
 
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> dict[str, Tensor]:
-        norms = {path: U[path].detach().norm(dim=-1) for path in inputs}  # (C,)
+        norms = {path: U[path].detach().norm(dim=-1) for path in inputs}  # (C,), a scale to read by, not a thing to train
         a = torch.cat([x @ V[path] * norms[path] for path, x in inputs.items()], -1)  # (..., sum C)
         h = F.gelu(torch.baddbmm(self.b_in, a.reshape(-1, a.shape[-1]).T[..., None], self.w_in))  # (sum C, positions, 16)
         z = torch.baddbmm(self.b_out, h, self.w_out).squeeze(-1).T.reshape(a.shape)  # (..., sum C)
@@ -341,6 +342,7 @@ def importance_sums(z: dict[str, Tensor], p: float) -> tuple[Tensor, int]:
 
     S is a sum over the GLOBAL batch: add the S (and the numbers) of the parts of a split batch before taking the losses.
     """
+    # upper-leaky here, lower-leaky in the masks: each passes gradient where the other loss has none to give
     g = torch.cat([upper_leaky(score.float()).flatten(0, -2) for score in z.values()], -1)  # (positions, sum C)
     return (g + 1e-12).pow(p).sum(0), len(g)  # 1e-12: for p < 1 the slope at g = 0 is infinite
 
@@ -366,18 +368,28 @@ def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # 6  The adversary
 #
-# Random sources rarely find the worst ablation. The persistent adversary holds one source per position and mask, keeps them
-# from step to step (so that it need not start anew each time), and moves them uphill on the reconstruction loss.
+# Random sources rarely find the worst ablation; searching for it anew at every step would be too slow. So one tensor of
+# sources persists over the whole training, an entry for each mask at each place in the batch, and every step moves it a
+# little uphill on the reconstruction loss. The data at a place changes from step to step: what such an adversary gets good
+# at is what hurts on many inputs. Its memory: four times the batch's causal importances (value, gradient, Adam's moments).
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def start_adversary(shapes: dict[str, tuple[int, ...]], device, config: Config) -> tuple[dict[str, Tensor], torch.optim.Adam]:
+    """Sources ~ U(0, 1) of the given shapes {path: (..., C + 1)}, and the optimizer that moves them uphill."""
+    sources = {path: torch.rand(shape).to(device).requires_grad_() for path, shape in shapes.items()}
+    # eps is far below the gradient of one source, which shrinks with the batch that the divergence is averaged over
+    ascent = torch.optim.Adam(sources.values(), lr=config.adversary_lr, betas=(0.5, 0.99), eps=1e-20, maximize=True)
+    return sources, ascent
+
+
 @torch.no_grad()
-def ascend(adversary: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
-    """One ascent step of the persistent adversary: Adam on its sources, then back into [0, 1]."""
-    (group,) = adversary.param_groups
+def ascend(ascent: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
+    """One step of the adversary along the given gradients of its sources, which then go back into [0, 1]."""
+    (group,) = ascent.param_groups
     for source, gradient in zip(group["params"], gradients):
         source.grad = gradient
-    adversary.step()
+    ascent.step()
     for source in group["params"]:
         source.clamp_(0, 1)
 
@@ -403,7 +415,7 @@ class Training:
     decomposition: Decomposition
     optimizer: torch.optim.Optimizer  # of U, V and G
     sources: dict[str, Tensor]  # the persistent adversary's, {path: (..., C + 1)}
-    adversary: torch.optim.Optimizer  # of the sources
+    ascent: torch.optim.Optimizer  # of the sources, uphill
     data: torch.Generator  # for batches, on the CPU
     noise: torch.Generator  # for stochastic sources and routing, on the model's device
     step: int = 0  # steps done
@@ -427,7 +439,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     # Schedules
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     training.optimizer.param_groups[0]["lr"] = config.lr * (config.lr_final + (1 - config.lr_final) * cosine)
-    training.adversary.param_groups[0]["lr"] = config.adversary_lr * min(1, (training.step + 1) / (0.025 * config.steps))
+    training.ascent.param_groups[0]["lr"] = config.adversary_lr * min(1, (training.step + 1) / (0.025 * config.steps))
     p = config.p_start + (config.p_end - config.p_start) * done
 
     # The target, and what G thinks is needed of it here
@@ -439,7 +451,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     fixed = detached(U), detached(V), detached(g)
     for _ in range(config.adversary_steps if config.adversarial else 0):
         loss = adversarial_reconstruction(model, *fixed, batch, target, divergence, sources)
-        ascend(training.adversary, torch.autograd.grad(loss, r))
+        ascend(training.ascent, torch.autograd.grad(loss, r))
 
     # The five losses
     losses = {}
@@ -464,8 +476,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     }
     values = finite_or_stop({**losses, **l0, **norms}, target, training.step)
     training.optimizer.step()
-    if config.adversarial:
-        ascend(training.adversary, [x.grad / config.adversarial for x in r])
+    if config.adversarial:  # the third ascent step comes free; undo the coefficient, for one scale in Adam's moments
+        ascend(training.ascent, [x.grad / config.adversarial for x in r])
     training.step += 1
     return values
 
@@ -545,6 +557,8 @@ def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) ->
     """Refuse, in one line and before any training, what cannot be decomposed. Returns the inputs {path: (..., d_in)}."""
     if config.steps < 1:
         raise BadInput(f"steps is {config.steps}: there must be at least 1")
+    if config.G_width % (2 * config.G_heads):
+        raise BadInput(f"G_width is {config.G_width}: it must be a multiple of 2 * G_heads = {2 * config.G_heads}")
     if config.G not in ("mlp", "transformer"):
         raise BadInput(f"G is {config.G!r}: there are 'mlp' and 'transformer'")
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -556,6 +570,8 @@ def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) ->
             raise BadInput(f"{path!r} is not an nn.Linear of the model; the nearest that are: {', '.join(nearest) or 'none'}")
         if not isinstance(number, int) or number < 1:
             raise BadInput(f"C[{path!r}] is {number!r}: the number of subcomponents must be a whole number of at least 1")
+        if (dtype := model.get_submodule(path).weight.dtype) != torch.float32:
+            raise BadInput(f"{path}.weight is {dtype}: call model.float() first; training in less precision loses small importances")
     storage = {}  # of each parameter, to find those that share memory (also as a view, such as a transpose)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
@@ -576,8 +592,9 @@ def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) ->
     shapes = {path: tuple(x.shape[:-1]) for path, x in inputs.items()}
     if len(set(shapes.values())) > 1:
         raise BadInput(f"the decomposed matrices see inputs of different shapes {shapes}: decompose those with equal ones together")
-    if config.G == "transformer" and inputs[path].dim() != 3:
-        raise BadInput(f"{path} sees inputs {tuple(inputs[path].shape)}, not (batch, positions, width): set G='mlp'")
+    shape = tuple(next(iter(inputs.values())).shape)
+    if config.G == "transformer" and len(shape) != 3:
+        raise BadInput(f"the decomposed matrices see inputs {shape}, not (batch, positions, width): set G='mlp'")
     return inputs
 
 
@@ -591,15 +608,14 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
         U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
         make_G = {"mlp": ImportanceMLPs, "transformer": ImportanceTransformer}[config.G]
         G = make_G({path: (W.shape[1], C[path]) for path, W in weights.items()}, config).to(device)
-        sources = {path: torch.rand(*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}
-    U, V, sources = ({k: x.to(device).requires_grad_() for k, x in d.items()} for d in (U, V, sources))
+        shapes = {path: (*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}
+        sources, ascent = start_adversary(shapes, device, config)
+    U, V = ({path: x.to(device).requires_grad_() for path, x in tensors.items()} for tensors in (U, V))
     # betas[1] = 0.99: with 0.999, gradients from when everything was active still damp the last steps that switch things off
     optimizer = torch.optim.AdamW([*U.values(), *V.values(), *G.parameters()], lr=config.lr, betas=(0.9, 0.99), weight_decay=0)
-    # eps is far below the gradient of one source, which shrinks with the batch that the divergence is averaged over
-    adversary = torch.optim.Adam(sources.values(), lr=config.adversary_lr, betas=(0.5, 0.99), eps=1e-20, maximize=True)
     data = torch.Generator().manual_seed(config.seed)
     noise = torch.Generator(device).manual_seed(config.seed + 1_000_003)  # another stream than the data's
-    return Training(Decomposition(U, V, G), optimizer, sources, adversary, data, noise)
+    return Training(Decomposition(U, V, G), optimizer, sources, ascent, data, noise)
 
 
 def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: Config) -> None:
@@ -659,7 +675,7 @@ def save_checkpoint(folder: Path, training: Training) -> None:
         "G": training.decomposition.G.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "sources": training.sources,
-        "adversary": training.adversary.state_dict(),
+        "ascent": training.ascent.state_dict(),
         "data": training.data.get_state(),
         "noise": training.noise.get_state(),
         "step": training.step,
@@ -686,15 +702,16 @@ def load_checkpoint(folder: Path, training: Training) -> None:
                 x.data.copy_(saved[key])
         training.decomposition.G.load_state_dict(state["G"])
         training.optimizer.load_state_dict(state["optimizer"])
-        training.adversary.load_state_dict(state["adversary"])
+        training.ascent.load_state_dict(state["ascent"])
         training.data.set_state(state["data"])
         training.noise.set_state(state["noise"])
         training.step, training.seconds = state["step"], state["seconds"]
-        if (folder / "log.jsonl").exists():
-            os.truncate(folder / "log.jsonl", state["log_bytes"])  # steps after the checkpoint will be logged again
+        log_bytes = state["log_bytes"]
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to start this run anew") from error
+    if (folder / "log.jsonl").exists():
+        os.truncate(folder / "log.jsonl", log_bytes)  # steps after the checkpoint will be logged again
 
 
 def report(values: dict[str, float], training: Training, config: Config, seconds_per_step: float, folder: Path | None) -> None:

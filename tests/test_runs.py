@@ -144,6 +144,8 @@ small = dataclasses.replace(CONFIG, steps=3)
         (dict(config=dataclasses.replace(small, G="transformer")), r"set G='mlp'"),
         (dict(config=dataclasses.replace(small, steps=0)), r"steps is 0"),
         (dict(config=dataclasses.replace(small, G="lstm")), r"G is 'lstm'"),
+        (dict(config=dataclasses.replace(small, G_width=30)), r"G_width is 30.*multiple of 2 \* G_heads = 8"),
+        (dict(model=net().double(), get_batch=lambda g: batches(g).double()), r"weight is torch.float64: call model.float\(\)"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(tmp_path, arguments, message):

@@ -261,7 +261,7 @@ def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
     for _ in range(60):
         loss = vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, training.sources)
         found.append(loss.item())
-        vpd.ascend(training.adversary, torch.autograd.grad(loss, r))
+        vpd.ascend(training.ascent, torch.autograd.grad(loss, r))
         assert all(((source >= 0) & (source <= 1)).all() for source in r)
     random = [
         vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, {p: torch.rand_like(s) for p, s in training.sources.items()}).item()
