@@ -221,26 +221,27 @@ class ImportanceMLPs(nn.Module):
     """One tiny MLP (16 GELUs) per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
     The input is the subcomponent activation ||U_c|| V_c^T x, and not V_c^T x: then a subcomponent whose weights have shrunk to
-    nothing sees nothing and stays off, where it otherwise goes on firing a little on rare inputs. All weights start positive,
-    so that a subcomponent begins as a detector of one sign of its activation (it may learn both): with random signs, two
-    features that point in almost opposite directions are often caught by one subcomponent, and training cannot part them.
-    All subcomponents of all matrices are evaluated in two batched matrix products.
+    nothing sees nothing and stays off, where it otherwise goes on firing a little on rare inputs. All weights enter by their
+    absolute values, so that a score rises with the activation but for the little dip of GELU: a subcomponent detects one sign of
+    it. Otherwise two features that point in almost opposite directions are often caught by one subcomponent, which training
+    cannot part again. All subcomponents of all matrices are evaluated in two batched matrix products.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
         self.sizes, hidden = [C for _, C in shapes.values()], 16
         C = sum(self.sizes)
-        self.w_in = nn.Parameter(torch.randn(C, 1, hidden).abs())
+        self.w_in = nn.Parameter(torch.randn(C, 1, hidden))
         self.b_in = nn.Parameter(torch.zeros(C, 1, hidden))
-        self.w_out = nn.Parameter(torch.randn(C, hidden, 1).abs() / hidden**0.5)
+        self.w_out = nn.Parameter(torch.randn(C, hidden, 1) / hidden**0.5)
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
 
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> dict[str, Tensor]:
         norms = {path: U[path].detach().norm(dim=-1) for path in inputs}  # (C,), a scale to read by, not a thing to train
         a = torch.cat([x @ V[path] * norms[path] for path, x in inputs.items()], -1)  # (..., sum C)
-        h = F.gelu(torch.baddbmm(self.b_in, a.reshape(-1, a.shape[-1]).T[..., None], self.w_in))  # (sum C, positions, 16)
-        z = torch.baddbmm(self.b_out, h, self.w_out).squeeze(-1).T.reshape(a.shape)  # (..., sum C)
+        a_by_c = a.reshape(-1, a.shape[-1]).T[..., None]  # (sum C, positions, 1)
+        h = F.gelu(torch.baddbmm(self.b_in, a_by_c, self.w_in.abs()))  # (sum C, positions, 16)
+        z = torch.baddbmm(self.b_out, h, self.w_out.abs()).squeeze(-1).T.reshape(a.shape)  # (..., sum C)
         return dict(zip(inputs, z.split(self.sizes, -1)))
 
 

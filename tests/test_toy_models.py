@@ -1,6 +1,5 @@
 """Toy models: the score against decompositions whose quality is known, the command, and a short real recovery."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path

@@ -1,16 +1,8 @@
 """The method: each test is a claim about VPD, checked against something independent of vpd.py."""
 
 import copy
-import dataclasses
 import itertools
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import vpd
-
-ROOT = Path(vpd.__file__).parent
 
 
 class Net(nn.Module):
@@ -142,8 +132,8 @@ def test_each_importance_mlp_is_its_own_mlp_on_its_own_activation():
     for path in C:
         for c in range(C[path]):
             a = (inputs[path] @ V[path][:, c]) * U[path][c].norm()  # ||U_c|| V_c^T x, (2, 3)
-            hidden = F.gelu(a[..., None] * G.w_in[index, 0] + G.b_in[index, 0])
-            torch.testing.assert_close(z[path][..., c], hidden @ G.w_out[index, :, 0] + G.b_out[index, 0, 0], rtol=1e-4, atol=1e-5)
+            hidden = F.gelu(a[..., None] * G.w_in[index, 0].abs() + G.b_in[index, 0])
+            torch.testing.assert_close(z[path][..., c], hidden @ G.w_out[index, :, 0].abs() + G.b_out[index, 0, 0], rtol=1e-4, atol=1e-5)
             index += 1
 
 
@@ -336,3 +326,63 @@ def test_a_sequence_model_goes_through_the_same_decompose():
     found = vpd.decompose(model, paths, lambda generator: torch.randint(11, (3, 5), generator=generator), vpd.kl, config)
     metrics = vpd.evaluate(model, found, [torch.randint(11, (3, 5))], vpd.kl)
     assert metrics["total"]["C"] == 13 and set(metrics["adversary"]) == {"20", "40", "80"}
+
+
+# --- 9  evaluation ---
+
+
+def small_decomposition(model, sizes, seed=0):
+    torch.manual_seed(seed)
+    shapes = {p: model.get_submodule(p).weight.shape for p in sizes}
+    U = {p: torch.randn(sizes[p], d_out) for p, (d_out, _) in shapes.items()}
+    V = {p: torch.randn(d_in, sizes[p]) for p, (_, d_in) in shapes.items()}
+    G = vpd.ImportanceMLPs({p: (V[p].shape[0], sizes[p]) for p in sizes}, vpd.Config())
+    torch.nn.init.normal_(G.b_out)
+    return vpd.Decomposition(U, V, G)
+
+
+def test_evaluation_against_explicit_weights_and_counts():
+    torch.manual_seed(1)
+    model = Net().eval()
+    found = small_decomposition(model, C)
+    batches = [torch.randn(8, 4), torch.randn(8, 4)]
+    metrics = vpd.evaluate(model, found, batches, vpd.mse)
+    g = {p: torch.cat([vpd.predict_importances(model, found, x)[1][p] for x in batches]) for p in C}  # (16, C + 1)
+    x = torch.cat(batches)
+
+    def divergence(f):  # of the masks f(g), Delta excluded
+        masks = {p: torch.cat([f(g[p][:, :-1]), torch.zeros(16, 1)], -1).double() for p in C}
+        exact, U, V = copy.deepcopy(model).double(), *({p: t.double() for p, t in d.items()} for d in (found.U, found.V))
+        output = torch.stack([explicit_output(exact, U, V, masks, x.double(), i) for i in range(16)])
+        return (output - exact(x.double())).square().mean().item()
+
+    expected = {"unmasked": torch.ones_like, "rounded_0": lambda a: (a > 0).float(), "rounded_0.1": lambda a: (a > 0.1).float()}
+    expected |= {"rounded_0.5": lambda a: (a > 0.5).float(), "importance": lambda a: a, "ablated": torch.zeros_like}
+    for name, masking in expected.items():
+        assert metrics["divergence"][name] == pytest.approx(divergence(masking), rel=1e-4), name
+    assert len({round(d, 9) for d in metrics["divergence"].values()}) >= 6  # the maskings really differ here
+    for p in C:
+        matrix = metrics["matrices"][p]
+        assert matrix["mean_importance"] == pytest.approx(g[p][:, :-1].mean(0).tolist(), abs=1e-6)
+        assert matrix["alive"] == sum(mean > 1e-6 for mean in g[p][:, :-1].mean(0).tolist())
+        assert matrix["l0"] == pytest.approx(sum(v > 0 for row in g[p][:, :-1].tolist() for v in row) / 16)
+
+
+def test_the_fresh_adversary_beats_chance_and_never_the_worst_corner():
+    # One linear layer: the squared error is convex in the sources, so that its maximum over [0, 1]^6 is at one of 64 corners.
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 3)).eval()
+        found = small_decomposition(model, {"0": 5}, seed)
+        x = torch.randn(32, 4)
+        target, g = vpd.predict_importances(model, found, x)
+        U, V = found.U, found.V
+
+        def loss(r):
+            return vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, {"0": r}).item()
+
+        corners = [loss(torch.tensor(corner)) for corner in itertools.product([0.0, 1.0], repeat=6)]
+        attack = vpd.evaluate(model, found, [x[:16], x[16:]], vpd.mse, seed)["adversary"]
+        assert attack.keys() == {"20", "40", "80"}
+        assert attack["80"] <= max(corners) * (1 + 1e-5)
+        assert attack["80"] > sorted(loss(torch.rand(6)) for _ in range(100))[90]  # better than nine in ten by chance
