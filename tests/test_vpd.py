@@ -375,14 +375,15 @@ def test_the_fresh_adversary_beats_chance_and_never_the_worst_corner():
         model = nn.Sequential(nn.Linear(4, 3)).eval()
         found = small_decomposition(model, {"0": 5}, seed)
         x = torch.randn(32, 4)
-        target, g = vpd.predict_importances(model, found, x)
-        U, V = found.U, found.V
+        target, U, V = model(x).detach(), found.U, found.V
+        g = {"0": torch.cat([0.3 * torch.rand(32, 5), torch.zeros(32, 1)], -1)}  # low: the sources have much to say
 
         def loss(r):
             return vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, {"0": r}).item()
 
         corners = [loss(torch.tensor(corner)) for corner in itertools.product([0.0, 1.0], repeat=6)]
-        attack = vpd.evaluate(model, found, [x[:16], x[16:]], vpd.mse, seed)["adversary"]
+        cases = [(x[half], target[half], {"0": g["0"][half]}) for half in (slice(0, 16), slice(16, 32))]
+        attack = vpd.fresh_adversary(model, found, cases, vpd.mse, seed)
         assert attack.keys() == {"20", "40", "80"}
         assert attack["80"] <= max(corners) * (1 + 1e-5)
         assert attack["80"] > sorted(loss(torch.rand(6)) for _ in range(100))[90]  # better than nine in ten by chance
