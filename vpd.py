@@ -82,7 +82,7 @@ class Config:
     adversarial: float = 0.5  # [0.5]
     importance: float = 1e-4  # [2e-4] too high: importances fall below 1, reconstruction collapses; too low: all active
     frequency: float = 2e-3  # [1e-4] its logarithm grows with the batch: retune it when the batch changes much
-    delta: float = 0.5  # [1e7] too high: U and V cannot move away from where the warm-up left them
+    delta: float = 0.5  # [1e7] too high: subcomponents do not merge (on tms_5-2, 100 times this left most alive)
 
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4]
@@ -572,7 +572,7 @@ def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) ->
         if not isinstance(number, int) or number < 1:
             raise BadInput(f"C[{path!r}] is {number!r}: the number of subcomponents must be a whole number of at least 1")
         if (dtype := model.get_submodule(path).weight.dtype) != torch.float32:
-            raise BadInput(f"{path}.weight is {dtype}: call model.float() first; training in less precision loses small importances")
+            raise BadInput(f"{path}.weight is {dtype}: call model.float() first, U and V are float32 too")
     storage = {}  # of each parameter, to find those that share memory (also as a view, such as a transpose)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
