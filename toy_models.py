@@ -103,16 +103,27 @@ class Toy:
         return feature_batch(n, self.features, *((0.01, -1.0) if self.layers else (0.05, 0.0)), generator)
 
     def config(self, seed: int, without: str | None) -> vpd.Config:
-        """One setting for every toy model. MSE is a mean over the outputs, so that each feature has a 1/N share in it: the price
-        of a subcomponent must shrink with N likewise."""
-        config = vpd.Config(seed=seed, importance=2.5e-4 / self.features, frequency=5e-3 / self.features)
+        """One setting for every toy model; what depends on its size follows from the size.
+
+        lr: Adam moves every entry by about lr a step, and those of V start at 1 / sqrt(d_in). Much less, and subcomponents that do
+        the same do not merge in time. Prices: MSE is a mean over N outputs, a feature's share in it 1/N. price_start: from a high
+        price down, a feature is more often found as one part, and seldom ends as the sum of its two neighbours' parts.
+        """
+        config = vpd.Config(
+            seed=seed,
+            lr=0.04 / max(self.features, self.dimensions) ** 0.5,
+            importance=1e-4 / self.features,
+            frequency=2e-3 / self.features,
+            price_start=7.5,
+        )
         return dataclasses.replace(config, **{without: 0.0}) if without else config
 
     def C(self) -> dict[str, int]:
-        """Subcomponents per matrix: a few times what the truth needs. Too many is better than too few."""
+        """Subcomponents per matrix: several times what the truth needs. Twice as few, and some features share one."""
+        N, M = self.features, self.dimensions
         if self.layers:
-            return {f"layers.{i}.{m}": 2 * self.features for i in range(self.layers) for m in ("in", "out")}
-        return {"W": 4 * self.features, **({"identity": 4 * self.dimensions} if self.identity else {}), "WT": 4 * self.features}
+            return {f"layers.{i}.{m}": C for i in range(self.layers) for m, C in (("in", 4 * N), ("out", N))}
+        return {"W": 8 * N, **({"identity": 8 * M} if self.identity else {}), "WT": 8 * N}
 
     def target_steps(self, published: bool) -> int:
         return 10_000 if published or not self.layers else 3_000
@@ -229,18 +240,20 @@ def superposition_score(columns: Tensor, parts: Tensor) -> dict:
     }
 
 
-def probe_scores(path: str, probe: Tensor) -> dict:
-    """Residual MLP, from causal importances on one-hot probes (features, alive).
+def residual_score(path: str, parts: Tensor, probe: Tensor) -> dict:
+    """Residual MLP, from the alive subcomponents (alive, ...) and their causal importances on one-hot probes (features, alive).
 
     in-matrix: features_recovered = share of features for which exactly one subcomponent has g > 0.1, and that one for no other.
-    out-matrix: rank = subcomponents with g > 0.1 on some probe; dense = share of those on the average probe.
+    out-matrix: rank = that of the sum of the subcomponents, singular values under 1 % of the largest not counted (the truth: as
+    many as neurons); dense = of the subcomponents with g > 0.1 on some probe, the share on the average probe (the truth: 1).
     """
     on = probe > 0.1
     if path.endswith("in"):
         alone = (on.sum(1, keepdim=True) == 1) & (on.sum(0, keepdim=True) == 1)  # the only one in its row and its column
         return {"features_recovered": (on & alone).any(1).float().mean().item()}
     used = on.any(0)
-    return {"rank": int(used.sum()), "dense": on[:, used].float().mean().item() if used.any() else 0.0}
+    rank = int(torch.linalg.matrix_rank(parts.sum(0), rtol=0.01)) if len(parts) else 0
+    return {"rank": rank, "dense": on[:, used].float().mean().item() if used.any() else 0.0}
 
 
 def score(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, metrics: dict) -> dict[str, tuple[Tensor, Tensor]]:
@@ -257,7 +270,7 @@ def score(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, metrics:
         alive, probe = alive[order], probe[:, order]
         parts = in_features(toy, model, path, subcomponents(decomposition, path)[alive])
         if toy.layers:
-            matrix.update(probe_scores(path, probe))
+            matrix.update(residual_score(path, parts, probe))
         elif path != "identity":
             columns = in_features(toy, model, path, model.get_submodule(path).weight.detach())
             matrix.update(superposition_score(columns, parts))

@@ -71,7 +71,7 @@ class Config:
 
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything, bit for bit on CPU
-    lr: float = 3e-3  # [5e-5] AdamW, for U, V and G, cosine decay
+    lr: float = 3e-3  # [5e-5] AdamW, for U, V and G, cosine decay; on the toys 0.04 / sqrt(largest d_in) serves every size
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end
     warmup_steps: int = 400  # [400] faithfulness warm-up: Delta-L2 alone, U and V only, lr 1e-3
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together
@@ -82,6 +82,7 @@ class Config:
     adversarial: float = 0.5  # [0.5]
     importance: float = 1e-4  # [2e-4] too high: importances fall below 1, reconstruction collapses; too low: all active
     frequency: float = 2e-3  # [1e-4] its logarithm grows with the batch: retune it when the batch changes much
+    price_start: float = 1.0  # [1] importance and frequency start this many times higher and decay geometrically to the above
     delta: float = 0.5  # [1e7] too high: subcomponents do not merge (on tms_5-2, 100 times this left most alive)
 
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
@@ -442,6 +443,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     training.optimizer.param_groups[0]["lr"] = config.lr * (config.lr_final + (1 - config.lr_final) * cosine)
     training.ascent.param_groups[0]["lr"] = config.adversary_lr * min(1, (training.step + 1) / (0.025 * config.steps))
     p = config.p_start + (config.p_end - config.p_start) * done
+    price = config.price_start ** (1 - done)
 
     # The target, and what G thinks is needed of it here
     target, inputs = forward_with_inputs(model, U, batch)
@@ -468,7 +470,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     # One backward pass: U, V and G go down, and the sources go up the gradient of the same evaluation
     for x in UV + G_parameters + r:
         x.grad = None
-    total = sum(getattr(config, name) * loss for name, loss in losses.items())
+    schedule = {"importance": price, "frequency": price}
+    total = sum(getattr(config, name) * schedule.get(name, 1) * loss for name, loss in losses.items())
     torch.autograd.backward(total, inputs=UV + G_parameters + (r if config.adversarial else []))
     l0 = {"L0": sum((score > 0).sum() for score in z.values()) / positions}
     norms = {

@@ -39,7 +39,18 @@ def test_features_that_the_target_does_not_represent_are_not_scored():
 
 def test_a_feature_is_recovered_only_by_one_subcomponent_that_serves_no_other():
     probe = torch.tensor([[0.9, 0.0, 0.0, 0.0], [0.0, 0.9, 0.5, 0.0], [0.0, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.9]])
-    assert toy_models.probe_scores("layers.0.in", probe) == {"features_recovered": 0.25}  # two, shared and shared fail
+    parts = torch.zeros(4, 2, 3)
+    score = toy_models.residual_score("layers.0.in", parts, probe)
+    assert score == {"features_recovered": 0.25}  # the second has two, the third and the fourth share one
+
+
+def test_an_out_matrix_is_scored_by_the_rank_of_the_sum_and_by_how_many_are_on():
+    torch.manual_seed(0)
+    one = torch.outer(torch.randn(5), torch.randn(4))
+    other = torch.outer(torch.randn(5), torch.randn(4))
+    parts = torch.stack([one, 2 * one, other])  # three subcomponents, of rank two together
+    probe = torch.tensor([[0.9, 0.0, 0.0], [0.9, 0.5, 0.0]])  # the third is on for none: it does not count as sparse
+    assert toy_models.residual_score("layers.0.out", parts, probe) == {"rank": 2, "dense": 0.75}
 
 
 def test_residual_mlp_computes_its_blocks_on_the_residual_stream():

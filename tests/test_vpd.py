@@ -262,7 +262,7 @@ def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
 
 
 def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
-    config = vpd.Config(G="mlp", adversary_steps=0, importance=0.3, frequency=0.1, delta=0.7, clip_UV=1e9, clip_G=1e9, p_start=1.5)
+    config = vpd.Config(G="mlp", adversary_steps=0, importance=0.3, frequency=0.1, delta=0.7, clip_UV=1e9, clip_G=1e9, p_start=1.5, price_start=3.0)
     model, training, x = start(config)
     copied = copy.deepcopy(training)
     copied.noise = torch.Generator().set_state(training.noise.get_state())  # the step's own draws
@@ -286,7 +286,8 @@ def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
             "delta": lambda: vpd.delta_l2(model, U, V),
         }[name]()
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
-        expected = [e + getattr(config, name) * (0 if d is None else d) for e, d in zip(expected, gradients)]
+        coefficient = getattr(config, name) * (3 if name in ("importance", "frequency") else 1)  # the first step: price_start
+        expected = [e + coefficient * (0 if d is None else d) for e, d in zip(expected, gradients)]
         if name == "adversarial":
             expected_sources = torch.autograd.grad(loss, list(r.values()))
 
