@@ -119,10 +119,10 @@ class Toy:
         return dataclasses.replace(config, **{without: 0.0}) if without else config
 
     def C(self) -> dict[str, int]:
-        """Subcomponents per matrix: several times what the truth needs. Twice as few, and some features share one."""
+        """Subcomponents per matrix: several times what the truth needs. On TMS, with half as many some features share one."""
         N, M = self.features, self.dimensions
         if self.layers:
-            return {f"layers.{i}.{m}": C for i in range(self.layers) for m, C in (("in", 4 * N), ("out", N))}
+            return {f"layers.{i}.{m}": 2 * N for i in range(self.layers) for m in ("in", "out")}
         return {"W": 8 * N, **({"identity": 8 * M} if self.identity else {}), "WT": 8 * N}
 
     def target_steps(self, published: bool) -> int:
