@@ -762,18 +762,26 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> dict[s
     }
 
 
-def evaluate(model: nn.Module, decomposition: Decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0) -> dict:
+def evaluate(
+    model: nn.Module,
+    decomposition: Decomposition,
+    batches: list[Tensor],
+    divergence: Divergence,
+    seed: int = 0,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict:
     """All figures that every decomposition reports, as a dict for JSON; batches: the evaluation set, on the model's device.
 
     matrices, total: C; alive = subcomponents whose mean causal importance exceeds ALIVE; l0 = mean number with g > 0 per
     position; mean_importance of every subcomponent (sorted, it is the spectrum). divergence: from the target under each masking.
-    adversary: the same under a fresh adversary. delta: the mean of Delta^2.
+    adversary: the same under a fresh adversary. delta: the mean of Delta^2. With loss(batch, output) -> scalar, what the target
+    was trained on: its own value, and how far each masking lies above it.
     """
     U, V = decomposition.U, decomposition.V
     device = next(iter(U.values())).device
     generator = torch.Generator(device).manual_seed(seed)
     means = {path: torch.zeros(len(u), device=device) for path, u in U.items()}  # of g, (C,)
-    l0, divergences, cases = dict.fromkeys(U, 0.0), {}, []
+    l0, divergences, losses, cases = dict.fromkeys(U, 0.0), {}, {}, []
     for batch in batches:
         target, g = predict_importances(model, decomposition, batch)
         cases.append((batch, target, g))
@@ -785,6 +793,10 @@ def evaluate(model: nn.Module, decomposition: Decomposition, batches: list[Tenso
             for name, masks in evaluation_masks(g, generator).items():
                 output = masked_forward(model, U, V, masks, batch)
                 divergences[name] = divergences.get(name, 0.0) + divergence(target, output).item() / len(batches)
+                if loss:
+                    losses[name] = losses.get(name, 0.0) + loss(batch, output).item() / len(batches)
+            if loss:
+                losses["target"] = losses.get("target", 0.0) + loss(batch, target).item() / len(batches)
     matrices = {
         path: {
             "C": len(mean),
@@ -803,6 +815,7 @@ def evaluate(model: nn.Module, decomposition: Decomposition, batches: list[Tenso
         "matrices": matrices,
         "total": {**total, "l0_per_alive": total["l0"] / max(1, total["alive"])},
         "divergence": divergences,
+        **({"loss": {name: x - (name != "target") * losses["target"] for name, x in losses.items()}} if loss else {}),
         "adversary": fresh_adversary(model, decomposition, cases, divergence, seed),
         "delta": delta,
     }
