@@ -332,6 +332,7 @@ PRESETS = {
     ),
 }
 EVALUATED = 16_384  # positions of validation text, at least
+CHECKPOINT_SECONDS = 60  # what a kill costs at most
 
 
 def validation_batches(ids: np.ndarray, preset: Preset, device: str) -> list[Tensor]:
@@ -385,7 +386,7 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
                 print(f"\r{line}\033[K", end="\n" if step == steps else "", file=sys.stderr, flush=True)
             elif step == steps or step % (steps // 5) == 0:
                 print(line, file=sys.stderr, flush=True)
-        if time.monotonic() - saved > 60:
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
             with vpd.replacing(unfinished) as file:
                 torch.save({**state, "step": step, "record": record}, file)
@@ -535,7 +536,7 @@ def run(settings: dict, folder: Path, device: str) -> dict:
     def get_batch(generator):
         return sample(ids, preset.shape.context, preset.batch, False, generator)
 
-    decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, folder / "decomposition")
+    decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, folder / "decomposition", CHECKPOINT_SECONDS)
     log = folder / "decomposition" / "log.jsonl"
 
     began = time.monotonic()

@@ -1,7 +1,6 @@
 """The language model, its tokenizer and data, and a whole run in small."""
 
 import collections
-import dataclasses
 import json
 import math
 import sys
@@ -142,9 +141,42 @@ def test_bad_data_ends_in_one_line_and_leaves_no_folder(case, tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monkeypatch):
+def small_preset():
     config = vpd.Config(steps=6, warmup_steps=5, G="transformer", G_width=32, G_blocks=1, G_heads=2)
-    small = gpt.Preset(gpt.Shape(2, 16, 2, 8, 270), 4, 30, 3e-3, {"attn.q": 4, "attn.o": 4, "mlp.up": 6, "mlp.down": 6}, config)
+    return gpt.Preset(gpt.Shape(2, 16, 2, 8, 270), 4, 30, 3e-3, {"attn.q": 4, "attn.o": 4, "mlp.up": 6, "mlp.down": 6}, config)
+
+
+def test_a_target_interrupted_while_training_ends_bit_identical_to_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt, "EVALUATED", 64)
+    monkeypatch.setattr(gpt, "CHECKPOINT_SECONDS", -1)  # after every step
+    preset, ids = small_preset(), gpt.Tokenizer.learn(TEXT, 270).encode(TEXT)
+
+    def train(folder, steps_until_death=None):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        draws, sample = iter(range(10_000)), gpt.sample
+
+        def mortal(ids, T, B, validation, generator):
+            if not validation and next(draws) == steps_until_death:
+                raise KeyboardInterrupt
+            return sample(ids, T, B, validation, generator)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gpt, "sample", mortal)
+            gpt.train_target(gpt.GPT(preset.shape), ids, preset, 0, folder, "cpu")
+
+    train(tmp_path / "whole")
+    for death in (7, 11):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "killed", death)
+    train(tmp_path / "killed")
+    whole, killed = (torch.load(tmp_path / run / "target.pt", weights_only=True) for run in ("whole", "killed"))
+    assert whole["record"]["curve"] == killed["record"]["curve"]
+    assert all(torch.equal(x, killed["model"][name]) for name, x in whole["model"].items())
+
+
+def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monkeypatch):
+    small = small_preset()
     monkeypatch.setitem(gpt.PRESETS, "laptop", small)
     monkeypatch.setattr(gpt, "EVALUATED", 64)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
