@@ -1,10 +1,10 @@
 """Toy models with known mechanisms: train one, decompose it with VPD, score it against the truth, and draw it.
 
-    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; about a minute on a laptop
+    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; a minute or two on a laptop
     python toy_models.py tms_40-10 --seed 3 --out runs/tms40
     python toy_models.py tms_5-2 --without adversarial    # one loss removed: what breaks?
 
-Models (method.md section 7; [SPD] section 3):
+Models, after section 3 of Stochastic Parameter Decomposition (arXiv 2506.20790):
     tms_N-M       toy model of superposition, N features in M dimensions: ReLU(W^T W x + b). One mechanism per feature.
     tms_N-M-id    the same with a fixed M x M identity in between: M further mechanisms, all needed on every input.
     resid_mlp1..3 residual MLP of 1 to 3 layers that computes x + ReLU(x) for more features than it has neurons.
@@ -135,6 +135,8 @@ LOSSES = ("stochastic", "adversarial", "importance", "frequency", "delta")
 def parse_name(name: str, published: bool = False) -> Toy:
     """The toy model of a name; raises BadInput, listing those there are, for an unknown one."""
     if match := re.fullmatch(r"tms_(\d+)-(\d+)(-id)?", name):
+        if published:
+            raise vpd.BadInput(f"--published is for the residual MLPs: leave it out, {name} says its own size")
         features, dimensions = int(match[1]), int(match[2])
         if 1 <= dimensions <= features:
             return Toy(name, features, dimensions, identity=bool(match[3]))
@@ -148,7 +150,7 @@ def parse_name(name: str, published: bool = False) -> Toy:
 def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
     """Train the model from scratch to compute x (TMS, with W and W^T tied) or x + ReLU(x) (residual MLP).
 
-    AdamW, weight decay 0.01, cosine to 0, batches of 1,024; learning rates as in method.md section 7.
+    AdamW, weight decay 0.01, cosine to 0, batches of 1,024; learning rates as in the paper.
     """
     device, data = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     trained = list(model.parameters()) if toy.layers else [model.W.weight, model.WT.bias]
@@ -221,7 +223,7 @@ def subcomponents(decomposition: vpd.Decomposition, path: str) -> Tensor:
 
 
 def superposition_score(columns: Tensor, parts: Tensor) -> dict:
-    """MMCS and ML2R (method.md section 7) of the ALIVE subcomponents `parts` (alive, M, N) for true columns (M, N).
+    """MMCS and ML2R of the ALIVE subcomponents `parts` (alive, M, N) for true columns (M, N).
 
     MMCS: mean over features of the best cosine between the column of a subcomponent and the true one. ML2R: mean norm ratio of
     that best column to the true one. Features that the target itself does not represent (norm under a tenth of the largest)
@@ -288,7 +290,7 @@ def draw_subcomponents(toy: Toy, model: nn.Module, decomposition: vpd.Decomposit
     else as colours. Features keep their colour or column throughout."""
     target = in_features(toy, model, path, model.get_submodule(path).weight.detach())
     total = in_features(toy, model, path, subcomponents(decomposition, path).sum(0))
-    panels = [("target", target), ("sum of all", total)] + [(f"subcomponent {c + 1}", part) for c, part in enumerate(parts)]
+    panels = [("target", target), ("sum of all", total)] + [(f"subcomponent {c}", part) for c, part in enumerate(parts)]
     shown, across = panels[:62], min(7, len(panels))
     down = -(-len(shown) // across)
     figure, axes = plt.subplots(down, across, figsize=(1.7 * across, 1.8 * down), squeeze=False, layout="constrained")
@@ -302,12 +304,14 @@ def draw_subcomponents(toy: Toy, model: nn.Module, decomposition: vpd.Decomposit
         matrix = matrix.cpu().numpy()
         if len(matrix) == 2:
             for feature, (x, y) in enumerate(matrix.T):
+                if abs(x) + abs(y) < 0.02 * limit:
+                    continue  # nothing but an arrowhead, which has a size of its own
                 axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{feature % 10}", "lw": 2})
             axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         else:
             axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     more = "" if len(panels) == len(shown) else f" (the first {len(shown) - 2} of {len(parts)})"
-    figure.suptitle(f"{toy.name}, {path}: the target's columns, their sum, and each alive subcomponent{more}", size=10)
+    figure.suptitle(f"{toy.name}, {path}: one arrow or column per feature{more}", size=10)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -368,15 +372,16 @@ def run(name: str, seed: int, out: Path, without: str | None, device: str, publi
 def main() -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tms_5-2")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL)")
+    parser.add_argument("model", nargs="?", default="tms_5-2", help="default: tms_5-2")
+    parser.add_argument("--seed", type=int, default=0, help="fixes the target, its data and the decomposition (default: 0)")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL, and what differs from the default run)")
     parser.add_argument("--without", choices=LOSSES, help="train without this loss")
     parser.add_argument("--device", default=vpd.best_device(), help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--published", action="store_true", help="residual MLP in the published size: hours, not minutes")
     options = parser.parse_args()
     torch.set_num_threads(1)  # these matrices are too small for more to pay, and results do not depend on the machine's cores
-    out = options.out or Path("runs") / options.model
+    differs = f"-seed-{options.seed}" * (options.seed != 0) + f"-without-{options.without}" * bool(options.without)
+    out = options.out or Path("runs") / (options.model + differs + "-published" * options.published)
     try:
         metrics = run(options.model, options.seed, out, options.without, options.device, options.published)
     except vpd.BadInput as error:
