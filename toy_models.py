@@ -377,7 +377,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL, and what differs from the default run)")
     parser.add_argument("--without", choices=LOSSES, help="train without this loss")
     parser.add_argument("--device", default=vpd.best_device(), help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--published", action="store_true", help="residual MLP in the published size: hours, not minutes")
+    parser.add_argument("--published", action="store_true", help="residual MLP in the published size, much slower")
     options = parser.parse_args()
     torch.set_num_threads(1)  # these matrices are too small for more to pay, and results do not depend on the machine's cores
     differs = f"-seed-{options.seed}" * (options.seed != 0) + f"-without-{options.without}" * bool(options.without)

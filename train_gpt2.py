@@ -65,6 +65,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices with the tanh form of GELU between, as in GPT-2. (B, T, width) to the same."""
+
     def __init__(self, shape: Shape):
         super().__init__()
         self.up, self.down = nn.Linear(shape.width, 4 * shape.width), nn.Linear(4 * shape.width, shape.width)
@@ -74,6 +76,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each on the normalised residual stream and added to it. (B, T, width) to the same."""
+
     def __init__(self, shape: Shape):
         super().__init__()
         self.norm_attn, self.attn = nn.LayerNorm(shape.width), Attention(shape)
@@ -344,6 +348,7 @@ def validation_batches(ids: np.ndarray, preset: Preset, device: str) -> list[Ten
 
 @torch.no_grad()
 def validation_loss(model: GPT, batches: list[Tensor]) -> float:
+    """Mean next-token cross-entropy in nats over all batches (B, T)."""
     return sum(cross_entropy(batch, model(batch)).item() for batch in batches) / len(batches)
 
 
@@ -437,6 +442,36 @@ def continuations(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, 
     with torch.no_grad():
         names = ("unmasked", "stochastic", "rounded_0", "importance")
         return {"target": continued(model)} | {name: continued(masked(name)) for name in names}
+
+
+def side_by_side(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, tokenizer: Tokenizer) -> str:
+    """The prompt (1, T), and under it how the target and each masking go on."""
+    start = tokenizer.decode(prompt[0].tolist())
+    shown = [f"--- the prompt\n{start}"]
+    for name, ids in continuations(model, decomposition, prompt, 60).items():
+        shown.append(f"--- {name}\n{tokenizer.decode(ids)[len(start) :]}")
+    return "\n".join(shown)
+
+
+def measure(model: GPT, decomposition: vpd.Decomposition, batches: list[Tensor], curve: list, tokenizer: Tokenizer | None, seed: int) -> dict:
+    """What `vpd.evaluate` finds, by the names that language models use, and what only they have.
+
+    Bits per byte need the tokenizer, compute recovered needs the curve of the target's training (empty: left out).
+    """
+    found = vpd.evaluate(model, decomposition, batches, vpd.kl, seed, cross_entropy)
+    above = found.pop("loss")
+    ce, bits_per_byte = above.pop("target"), None
+    if tokenizer:
+        ids = torch.cat([batch.flatten() for batch in batches]).tolist()
+        bits_per_byte = ce / math.log(2) * len(ids) / sum(len(tokenizer.bytes[i]) for i in ids)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "target": {"ce": ce, "bits_per_byte": bits_per_byte, "parameters": parameters, "curve": curve},
+        "ce_above_target": above,
+        **({"compute_recovered": {name: compute_recovered(curve, ce + x) for name, x in above.items()}} if curve else {}),
+        "kl": found.pop("divergence"),
+        **found,
+    }
 
 
 def draw_masking(metrics: dict, file: Path) -> None:
@@ -541,23 +576,7 @@ def run(settings: dict, folder: Path, device: str) -> dict:
 
     began = time.monotonic()
     batches = validation_batches(ids, preset, device)
-    found = vpd.evaluate(model, decomposition, batches, vpd.kl, seed, cross_entropy)
-    ce = found["loss"].pop("target")
-    bytes_per_token = sum(len(tokenizer.bytes[i]) for batch in batches for i in batch.flatten().tolist()) / sum(b.numel() for b in batches) if tokenizer else None
-    metrics = {
-        **settings,
-        "target": {
-            "ce": ce,
-            "bits_per_byte": ce / math.log(2) / bytes_per_token if tokenizer else None,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "curve": record["curve"],
-        },
-        "ce_above_target": found.pop("loss"),
-        "kl": found.pop("divergence"),
-        **found,
-    }
-    if record["curve"]:
-        metrics["compute_recovered"] = {n: compute_recovered(record["curve"], ce + above) for n, above in metrics["ce_above_target"].items()}
+    metrics = settings | measure(model, decomposition, batches, record["curve"], tokenizer, seed)
     metrics["seconds"] = {
         "target": record["seconds"],
         "decomposition": json.loads(log.read_text().splitlines()[-1])["seconds"],
@@ -569,12 +588,9 @@ def run(settings: dict, folder: Path, device: str) -> dict:
     vpd.draw_losses(log, folder / "losses.png")
     draw_masking(metrics, folder / "masking.png")
     if tokenizer:
-        prompt = batches[0][:1, : preset.shape.context // 2]
-        texts = {name: tokenizer.decode(x) for name, x in continuations(model, decomposition, prompt, 60).items()}
-        start = tokenizer.decode(prompt[0].tolist())
-        shown = [f"--- the prompt\n{start}"] + [f"--- {name}\n{text[len(start):]}" for name, text in texts.items()]
-        (folder / "continuations.txt").write_text("\n".join(shown), encoding="utf-8")
-        print("\n".join(shown))
+        text = side_by_side(model, decomposition, batches[0][:1, : preset.shape.context // 2], tokenizer)
+        (folder / "continuations.txt").write_text(text, encoding="utf-8")
+        print(text)
     return metrics
 
 

@@ -470,8 +470,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     # One backward pass: U, V and G go down, and the sources go up the gradient of the same evaluation
     for x in UV + G_parameters + r:
         x.grad = None
-    schedule = {"importance": price, "frequency": price}
-    total = sum(getattr(config, name) * schedule.get(name, 1) * loss for name, loss in losses.items())
+    coefficients = {name: getattr(config, name) * (price if name in ("importance", "frequency") else 1) for name in losses}
+    total = sum(coefficients[name] * loss for name, loss in losses.items())
     torch.autograd.backward(total, inputs=UV + G_parameters + (r if config.adversarial else []))
     l0 = {"L0": sum((score > 0).sum() for score in z.values()) / positions}
     norms = {
