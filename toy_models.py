@@ -95,11 +95,13 @@ class Toy:
     neurons: int = 0  # per layer
 
     def model(self) -> nn.Module:
+        """A new target model, not yet trained."""
         if self.layers:
             return ResidualMLP(self.features, self.dimensions, self.neurons, self.layers)
         return TMS(self.features, self.dimensions, self.identity)
 
     def batch(self, generator: torch.Generator, n: int = 256) -> Tensor:
+        """(n, features) inputs, with the density and range of values that this kind of model is trained on."""
         return feature_batch(n, self.features, *((0.01, -1.0) if self.layers else (0.05, 0.0)), generator)
 
     def config(self, seed: int, without: str | None) -> vpd.Config:
@@ -126,6 +128,7 @@ class Toy:
         return {"W": 8 * N, **({"identity": 8 * M} if self.identity else {}), "WT": 8 * N}
 
     def target_steps(self, published: bool) -> int:
+        """Training steps of the target model."""
         return 10_000 if published or not self.layers else 3_000
 
 

@@ -234,6 +234,7 @@ class Tokenizer:
         return np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
 
     def decode(self, ids) -> str:
+        """The text of token ids; bytes that are not UTF-8 (a character cut in two) become the replacement character."""
         return b"".join(self.bytes[i] for i in ids).decode(errors="replace")
 
 
