@@ -4,6 +4,7 @@
     python train_gpt2.py --data my.txt --out runs/mine      # any UTF-8 text
     python train_gpt2.py --data corpus.bin                  # uint16 token ids (nanoGPT's format), memory-mapped
     python train_gpt2.py --out runs/mine --resume           # go on where a killed run stopped
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset paper --data pile.bin
 
 Three stages, each with its product in the run folder: the target model (target.pt), its decomposition (decomposition/), and the
 evaluation (metrics.json, pictures). From top to bottom: the model, the tokenizer, the data, training the target, the evaluation,
@@ -18,6 +19,7 @@ import dataclasses
 import heapq
 import json
 import math
+import os
 import re
 import sys
 import sysconfig
@@ -317,7 +319,7 @@ class Preset:
     """What fits a machine: the target and how it is trained, subcomponents per matrix, the settings of the decomposition."""
 
     shape: Shape
-    batch: int  # windows, for target and decomposition
+    batch: int  # windows, for target and decomposition; of all processes together
     target_steps: int
     target_lr: float
     C: dict[str, int]  # for each kind of matrix, in every layer
@@ -333,6 +335,53 @@ PRESETS = {
         C={"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
         config=vpd.Config(
             steps=2500, lr=2e-3, lr_final=0.1, clip_UV=0.1, importance=1e-3, frequency=5e-4, delta=1e6, p_end=0.4, G="transformer"
+        ),
+    ),
+    # About an hour on one GPU of the H100 class, by its operations; not measured.
+    "gpu": Preset(
+        Shape(layers=4, width=256, heads=4, context=256, vocabulary=4096),
+        batch=64,
+        target_steps=20_000,
+        target_lr=1e-3,
+        C={"attn.q": 256, "attn.k": 256, "attn.v": 512, "attn.o": 512, "mlp.up": 1024, "mlp.down": 1024},
+        config=vpd.Config(
+            steps=20_000,
+            lr=5e-4,
+            lr_final=0.1,
+            clip_UV=0.1,
+            importance=5e-4,
+            frequency=2.5e-4,
+            delta=1e6,
+            p_end=0.4,
+            G="transformer",
+            G_width=512,
+            G_blocks=4,
+            G_heads=8,
+            bf16=True,
+        ),
+    ),
+    # The published run ([VPD]; its target was trained elsewhere). 8 GPUs, days; not measured.
+    "paper": Preset(
+        Shape(layers=4, width=768, heads=6, context=512, vocabulary=50_304),
+        batch=64,
+        target_steps=100_000,
+        target_lr=6e-4,
+        C={"attn.q": 512, "attn.k": 512, "attn.v": 1024, "attn.o": 1024, "mlp.up": 3072, "mlp.down": 3584},
+        config=vpd.Config(
+            steps=400_000,
+            lr=5e-5,
+            lr_final=0.1,
+            clip_UV=0.01,
+            clip_G=math.inf,
+            importance=2e-4,
+            frequency=1e-4,
+            delta=1e7,
+            p_end=0.4,
+            G="transformer",
+            G_width=2048,
+            G_blocks=8,
+            G_heads=16,
+            bf16=True,
         ),
     ),
 }
@@ -358,14 +407,14 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
 
     Returns {"curve": [(step, validation cross-entropy), ...], "seconds": ...}.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=preset.target_lr, betas=(0.9, 0.95), weight_decay=0.1)
-    generator, step, record = torch.Generator().manual_seed(seed), 0, {"curve": [], "seconds": 0.0}
+    parameters, kind = list(model.parameters()), torch.device(device).type
+    optimizer = torch.optim.AdamW(parameters, lr=preset.target_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=kind == "cuda")
+    generator, step, record = torch.Generator(), 0, {"curve": [], "seconds": 0.0}
     unfinished, steps, validation = folder / "target_unfinished.pt", preset.target_steps, validation_batches(ids, preset, device)
     if unfinished.exists():
         state = torch.load(unfinished, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
         step, record = state["step"], state["record"]
     if not record["curve"]:
         record["curve"].append((0, validation_loss(model, validation)))
@@ -374,13 +423,16 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
     while step < steps:
         lr = preset.target_lr * min(1, (step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr
-        batch = sample(ids, preset.shape.context, preset.batch, False, generator).to(device)
-        loss = cross_entropy(batch, model(batch))
+        generator.manual_seed((seed * 10**9 + step) * vpd.processes() + vpd.rank())  # from the step alone: nothing to save
+        batch = sample(ids, preset.shape.context, preset.batch // vpd.processes(), False, generator).to(device)
+        with torch.autocast(kind, torch.bfloat16, enabled=preset.config.bf16):
+            loss = cross_entropy(batch, model(batch))
         if not loss.isfinite():
             raise BadInput(f"the target's loss is not finite at step {step}: lower target_lr in the preset")
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        vpd.average([parameter.grad for parameter in parameters])
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
         record["seconds"] = time.monotonic() - began
@@ -388,19 +440,45 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
             record["curve"].append((step, validation_loss(model, validation)))
             left = record["seconds"] / step * (steps - step)
             line = f"target: step {step}/{steps}  validation loss {record['curve'][-1][1]:.3f}  {left:.0f} s left"
-            if sys.stderr.isatty():
+            if vpd.rank() == 0 and sys.stderr.isatty():
                 print(f"\r{line}\033[K", end="\n" if step == steps else "", file=sys.stderr, flush=True)
-            elif step == steps or step % (steps // 5) == 0:
+            elif vpd.rank() == 0 and (step == steps or step % (steps // 5) == 0):
                 print(line, file=sys.stderr, flush=True)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+        if vpd.rank() == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             with vpd.replacing(unfinished) as file:
                 torch.save({**state, "step": step, "record": record}, file)
             saved = time.monotonic()
-    with vpd.replacing(folder / "target.pt") as file:
-        torch.save({"shape": dataclasses.asdict(model.shape), "model": model.state_dict(), "record": record}, file)
-    unfinished.unlink(missing_ok=True)
+    if vpd.rank() == 0:
+        with vpd.replacing(folder / "target.pt") as file:
+            torch.save({"shape": dataclasses.asdict(model.shape), "model": model.state_dict(), "record": record}, file)
+        unfinished.unlink(missing_ok=True)
     return record
+
+
+def operations(model: GPT, C: dict[str, int], config: vpd.Config) -> float:
+    """Floating-point operations of the decomposition per position and step, of the matrix products alone.
+
+    A pass through a matrix is 2 operations per weight; backward, 2 for the gradient of its input and 2 for that of the weights.
+    Once through the plain target; once through G, forward and backward; and with masks, forward and backward, for each of the two
+    losses and of the inner ascent steps. Gradients of weights: of G, and of U and V in the two losses.
+    """
+    sizes = {path: model.get_submodule(path).weight.shape for path in C}
+    target = sum(parameter.numel() for parameter in model.parameters())
+    UV = sum(C[path] * (d_out + d_in) for path, (d_out, d_in) in sizes.items())
+    G = config.G_blocks * 12 * config.G_width**2 + config.G_width * sum(C[path] + d_in for path, (_, d_in) in sizes.items())
+    masked = 2 + config.adversary_steps
+    return 2.0 * (target * (1 + 2 * masked) + UV * (2 * masked + 2) + 3 * G)
+
+
+def matrix_rate(device: str, bf16: bool) -> float:
+    """Operations per second of this device on one large matrix product."""
+    n = 2048 if device == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    for _ in range(3):  # the last is warm
+        began = time.monotonic()
+        (a @ a)[0, 0].item()
+    return 2 * n**3 / (time.monotonic() - began)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,6 +582,11 @@ def table(metrics: dict) -> str:
     for path, m in [*metrics["matrices"].items(), ("total", metrics["total"])]:
         lines.append(f"{path:12s} {m['C']:6d} {m['alive']:6d} {m['l0']:7.2f}")
     lines.append(f"L0 is {metrics['total']['l0_per_alive']:.1%} of the alive")
+    speed = metrics["speed"]
+    lines.append(
+        f"{sum(metrics['seconds'].values()) / 60:.0f} minutes; a step of the decomposition {speed['seconds_per_step']:.3g} s,"
+        f" {speed['tokens_per_second']:,.0f} tokens per second, {speed['operations_per_second'] / speed['matrix_rate']:.0%} of the matrix rate"
+    )
     return "\n".join(lines)
 
 
@@ -539,22 +622,32 @@ def corpus(data: str, preset: Preset, folder: Path) -> tuple[np.ndarray, Tokeniz
     return ids, tokenizer
 
 
-def run(settings: dict, folder: Path, device: str) -> dict:
+def run(settings: dict, folder: Path, device: str) -> dict | None:
     """All three stages; what is already in the folder is not repeated. Returns what is saved in metrics.json.
+
+    Of several processes, the first alone evaluates; the others return None.
 
     settings: preset, data (a file name, or "" for the standard library), init_from (a checkpoint, or ""), seed.
     """
     preset, data, init_from, seed = PRESETS[settings["preset"]], settings["data"], settings["init_from"], settings["seed"]
     if init_from and not data.endswith(".bin"):
         raise BadInput("--init-from needs --data FILE.bin with GPT-2's own token ids: its tokenizer is not part of the checkpoint")
+    if preset.batch % vpd.processes():
+        raise BadInput(f"a batch of {preset.batch} does not divide over {vpd.processes()} processes: choose a number that divides it")
     torch.manual_seed(seed)
     model = load_gpt2(Path(init_from)) if init_from else GPT(preset.shape)
     preset = dataclasses.replace(preset, shape=dataclasses.replace(model.shape, context=min(model.shape.context, preset.shape.context)))
-    ids, tokenizer = corpus(data, preset, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with vpd.replacing(folder / "settings.json") as file:
-        file.write(json.dumps(settings).encode())
+    with vpd.rank_0_first():
+        ids, tokenizer = corpus(data, preset, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with vpd.replacing(folder / "settings.json") as file:
+            file.write(json.dumps(settings).encode())
     model.to(device)
+    C = {f"h.{i}.{kind}": number for i in range(model.shape.layers) for kind, number in preset.C.items()}
+    config, positions = dataclasses.replace(preset.config, seed=seed), preset.batch * preset.shape.context
+    if settings["preset"] != "laptop" and not device.startswith("cuda") and vpd.rank() == 0:
+        hours = config.steps * positions * operations(model, C, config) / matrix_rate(device, config.bf16) / 3600
+        print(f"warning: the preset {settings['preset']} is for GPUs; here its decomposition takes over {hours:,.0f} hours", file=sys.stderr)
 
     if (folder / "target.pt").exists():
         saved = torch.load(folder / "target.pt", map_location=device, weights_only=True)
@@ -566,22 +659,24 @@ def run(settings: dict, folder: Path, device: str) -> dict:
         record = train_target(model, ids, preset, seed, folder, device)
     model.eval()
 
-    C = {f"h.{i}.{kind}": number for i in range(model.shape.layers) for kind, number in preset.C.items()}
-    config = dataclasses.replace(preset.config, seed=seed)
-
     def get_batch(generator):
-        return sample(ids, preset.shape.context, preset.batch, False, generator)
+        return sample(ids, preset.shape.context, preset.batch // vpd.processes(), False, generator)
 
     decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, folder / "decomposition", CHECKPOINT_SECONDS)
+    if vpd.rank() > 0:
+        return None
     log = folder / "decomposition" / "log.jsonl"
 
     began = time.monotonic()
     batches = validation_batches(ids, preset, device)
     metrics = settings | measure(model, decomposition, batches, record["curve"], tokenizer, seed)
-    metrics["seconds"] = {
-        "target": record["seconds"],
-        "decomposition": json.loads(log.read_text().splitlines()[-1])["seconds"],
-        "evaluation": time.monotonic() - began,
+    seconds = json.loads(log.read_text().splitlines()[-1])["seconds"]
+    metrics["seconds"] = {"target": record["seconds"], "decomposition": seconds, "evaluation": time.monotonic() - began}
+    metrics["speed"] = {
+        "seconds_per_step": seconds / config.steps,
+        "tokens_per_second": config.steps * positions / seconds,
+        "operations_per_second": config.steps * positions * operations(model, C, config) / seconds,
+        "matrix_rate": vpd.processes() * matrix_rate(device, config.bf16),  # the same devices on one large matrix product
     }
     with vpd.replacing(folder / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=1).encode())
@@ -598,7 +693,7 @@ def run(settings: dict, folder: Path, device: str) -> dict:
 def main() -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="laptop")
+    parser.add_argument("--preset", choices=PRESETS, help="default: gpu if there is one, else laptop")
     parser.add_argument("--data", default="", help="a UTF-8 text, or FILE.bin of uint16 token ids (default: Python's standard library)")
     parser.add_argument("--init-from", default="", metavar="FILE", help="decompose this GPT-2 (pytorch_model.bin) instead of training one")
     parser.add_argument("--seed", type=int, default=0)
@@ -606,20 +701,30 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own preset, data and seed")
     parser.add_argument("--device", default=vpd.best_device(), help="cpu, cuda or mps (default: the best there is)")
     options = parser.parse_args()
-    folder = options.out or Path("runs") / options.preset
-    settings = {"preset": options.preset, "data": options.data, "init_from": options.init_from, "seed": options.seed}
+    preset, device = options.preset or ("gpu" if options.device.startswith("cuda") else "laptop"), options.device
+    folder = options.out or Path("runs") / preset
+    settings = {"preset": preset, "data": options.data, "init_from": options.init_from, "seed": options.seed}
+    if "LOCAL_RANK" in os.environ:  # under torchrun
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        if options.resume:
-            if not (folder / "settings.json").exists():
-                raise BadInput(f"{folder} holds no run to resume: leave out --resume, or give its folder with --out")
-            settings = json.loads((folder / "settings.json").read_text())
-        elif folder.exists() and any(folder.iterdir()):
-            raise BadInput(f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out")
-        metrics = run(settings, folder, options.device)
+        with vpd.rank_0_first():
+            if options.resume:
+                if not (folder / "settings.json").exists():
+                    raise BadInput(f"{folder} holds no run to resume: leave out --resume, or give its folder with --out")
+                settings = json.loads((folder / "settings.json").read_text())
+            elif vpd.rank() == 0 and folder.exists() and any(folder.iterdir()):
+                raise BadInput(f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out")
+        metrics = run(settings, folder, device)
     except BadInput as error:
         sys.exit(f"error: {error}")
-    print(table(metrics))
-    print(f"pictures and metrics.json are in {folder}")
+    if metrics:
+        print(table(metrics))
+        print(f"pictures and metrics.json are in {folder}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -95,6 +96,8 @@ class Config:
     G_width: int = 128  # [2048] the transformer's width: more than the target's residual stream
     G_blocks: int = 2  # [8] the transformer's depth: 0.5 to 2 times the target's
     G_heads: int = 4  # [16] the transformer's attention heads
+
+    bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs; the losses stay in float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,6 +427,54 @@ class Training:
     seconds: float = 0.0  # spent so far
 
 
+# Under torchrun, several processes train together. Each has its own share of the global batch, its own noise and its own
+# sources; U, V and G are alike on all. Alone, a process is number 0 of 1.
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def global_sum(S: Tensor) -> Tensor:
+    """The sum of S over all processes. Its gradient is scaled by their number, because gradients are averaged afterwards."""
+    if processes() == 1:
+        return S
+    total = S.detach().clone()
+    dist.all_reduce(total)
+    return total + processes() * (S - S.detach())
+
+
+@torch.no_grad()
+def average(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes."""
+    if processes() > 1:
+        for x in tensors:
+            dist.all_reduce(x)
+            x /= processes()
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if processes() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """What is inside is done by process 0 alone, and then by the others, who find what it left."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
 def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values, as constants: no gradient is computed for them."""
     return {path: x.detach() for path, x in tensors.items()}
@@ -445,26 +496,28 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     p = config.p_start + (config.p_end - config.p_start) * done
     price = config.price_start ** (1 - done)
 
-    # The target, and what G thinks is needed of it here
-    target, inputs = forward_with_inputs(model, U, batch)
-    z = G(inputs, U, V)  # {path: (..., C)}
-    g = causal_importances(z)  # {path: (..., C + 1)}
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.bf16):
+        # The target, and what G thinks is needed of it here
+        target, inputs = forward_with_inputs(model, U, batch)
+        z = G(inputs, U, V)  # {path: (..., C)}
+        g = causal_importances(z)  # {path: (..., C + 1)}
 
-    # The adversary's inner ascent: all but the sources is constant, so that no gradient is computed to be thrown away
-    fixed = detached(U), detached(V), detached(g)
-    for _ in range(config.adversary_steps if config.adversarial else 0):
-        loss = adversarial_reconstruction(model, *fixed, batch, target, divergence, sources)
-        ascend(training.ascent, torch.autograd.grad(loss, r))
+        # The adversary's inner ascent: all but the sources is constant, so that no gradient is computed to be thrown away
+        fixed = detached(U), detached(V), detached(g)
+        for _ in range(config.adversary_steps if config.adversarial else 0):
+            loss = adversarial_reconstruction(model, *fixed, batch, target, divergence, sources)
+            ascend(training.ascent, torch.autograd.grad(loss, r))
 
-    # The five losses
-    losses = {}
-    if config.stochastic:
-        losses["stochastic"] = stochastic_reconstruction(model, U, V, g, batch, target, divergence, noise)
-    if config.adversarial:
-        losses["adversarial"] = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
+        # The five losses
+        losses = {}
+        if config.stochastic:
+            losses["stochastic"] = stochastic_reconstruction(model, U, V, g, batch, target, divergence, noise)
+        if config.adversarial:
+            losses["adversarial"] = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
     S, positions = importance_sums(z, p)
-    losses["importance"] = importance_minimality(S, positions)
-    losses["frequency"] = frequency_minimality(S, positions)
+    S, all_positions = global_sum(S), positions * processes()
+    losses["importance"] = importance_minimality(S, all_positions)
+    losses["frequency"] = frequency_minimality(S, all_positions)
     losses["delta"] = delta_l2(model, U, V)
 
     # One backward pass: U, V and G go down, and the sources go up the gradient of the same evaluation
@@ -473,6 +526,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     coefficients = {name: getattr(config, name) * (price if name in ("importance", "frequency") else 1) for name in losses}
     total = sum(coefficients[name] * loss for name, loss in losses.items())
     torch.autograd.backward(total, inputs=UV + G_parameters + (r if config.adversarial else []))
+    average([x.grad for x in UV + G_parameters])  # over processes; the sources are each one's own
     l0 = {"L0": sum((score > 0).sum() for score in z.values()) / positions}
     norms = {
         "gradient of U and V": nn.utils.clip_grad_norm_(UV, config.clip_UV),
@@ -487,8 +541,10 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
 
 
 def finite_or_stop(values: dict[str, Tensor], target: Tensor, step: int) -> dict[str, float]:
-    """The values as numbers (one synchronisation with the device), or BadInput that names the first that is not finite."""
-    numbers = dict(zip(values, torch.stack(list(values.values())).tolist()))
+    """The values as numbers, averaged over processes, or BadInput that names the first that is not finite."""
+    stacked = torch.stack(list(values.values()))  # one synchronisation with the device for all
+    average([stacked])
+    numbers = dict(zip(values, stacked.tolist()))
     for name, number in numbers.items():
         if not math.isfinite(number):
             if not target.isfinite().all():
@@ -524,17 +580,18 @@ def decompose(
     """
     batch = get_batch(torch.Generator().manual_seed(config.seed))
     inputs = check(model, C, batch, config)
-    folder = out and claim_folder(Path(out), model, C, config)
+    with rank_0_first():
+        folder = out and claim_folder(Path(out), model, C, config)
     training = start(model, C, inputs, config)
     if folder and (folder / "checkpoint.pt").exists():
         load_checkpoint(folder, training)
-    elif folder:
+    elif folder and rank() == 0:
         (folder / "log.jsonl").unlink(missing_ok=True)  # of a run killed before its first checkpoint
     if training.step == 0:
         faithfulness_warmup(model, training.decomposition, config)
 
     device, shape = next(iter(inputs.values())).device, batch.shape
-    began = saved = time.monotonic() - training.seconds
+    began, saved = time.monotonic() - training.seconds, time.monotonic()
     every = max(1, config.steps // 200)  # steps between lines of the log
     began_step, began_here = training.step, time.monotonic()
     while training.step < config.steps:
@@ -544,9 +601,11 @@ def decompose(
         values = training_step(model, batch.to(device), divergence, training, config)
         training.seconds = time.monotonic() - began
         last = training.step == config.steps
-        if last or training.step % every == 0:
+        if rank() == 0 and (last or training.step % every == 0):
             report(values, training, config, (time.monotonic() - began_here) / (training.step - began_step), folder)
-        if folder and (last or time.monotonic() - saved > checkpoint_seconds):
+        due = torch.tensor(float(last or time.monotonic() - saved > checkpoint_seconds), device=device)
+        average([due])  # all processes save at the same step: as soon as it is due for one of them
+        if folder and due > 0:
             save_checkpoint(folder, training)
             saved = time.monotonic()
     return training.decomposition
@@ -613,12 +672,14 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
         make_G = {"mlp": ImportanceMLPs, "transformer": ImportanceTransformer}[config.G]
         G = make_G({path: (W.shape[1], C[path]) for path, W in weights.items()}, config).to(device)
         shapes = {path: (*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}
+        torch.manual_seed(config.seed + 2_000_003 * rank())  # from here on every process has its own luck
         sources, ascent = start_adversary(shapes, device, config)
     U, V = ({path: x.to(device).requires_grad_() for path, x in tensors.items()} for tensors in (U, V))
     # betas[1] = 0.99: with 0.999, gradients from when everything was active still damp the last steps that switch things off
-    optimizer = torch.optim.AdamW([*U.values(), *V.values(), *G.parameters()], lr=config.lr, betas=(0.9, 0.99), weight_decay=0)
-    data = torch.Generator().manual_seed(config.seed)
-    noise = torch.Generator(device).manual_seed(config.seed + 1_000_003)  # another stream than the data's
+    parameters, fused = [*U.values(), *V.values(), *G.parameters()], device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0, fused=fused)
+    data = torch.Generator().manual_seed(config.seed + 2_000_003 * rank())
+    noise = torch.Generator(device).manual_seed(config.seed + 1_000_003 + 2_000_003 * rank())  # another stream than the data's
     return Training(Decomposition(U, V, G), optimizer, sources, ascent, data, noise)
 
 
@@ -640,13 +701,13 @@ def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Conf
     digest = hashlib.sha256()
     for name, x in model.state_dict().items():
         digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    run = {"config": dataclasses.asdict(config), "C": C, "target": digest.hexdigest()[:16]}
+    run = {"config": dataclasses.asdict(config), "C": C, "target": digest.hexdigest()[:16], "processes": processes()}
     path = folder / "run.json"
     if path.exists():
         try:
             found = json.loads(path.read_text())
             differences = [k for part in ("config", "C") for k in run[part] | found[part] if run[part].get(k) != found[part].get(k)]
-            differences += ["target model"] if found["target"] != run["target"] else []
+            differences += [name for key, name in (("target", "target model"), ("processes", "number of processes")) if found[key] != run[key]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{path} cannot be read: choose another folder, or delete {folder}") from None
         if differences:
@@ -671,23 +732,42 @@ def replacing(path: Path):
 
 
 def save_checkpoint(folder: Path, training: Training) -> None:
-    """Write checkpoint.pt: all of `training`, and how long the log is, so that a resumed run continues it without a seam."""
-    log = folder / "log.jsonl"
-    state = {
-        "U": training.decomposition.U,
-        "V": training.decomposition.V,
-        "G": training.decomposition.G.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
+    """Write all of `training` to checkpoint.pt, and how long the log is, so that a resumed run continues it without a seam.
+
+    Of several processes, each but the first writes its own part to a file named by the step, before checkpoint.pt is replaced,
+    and deletes the one before, after it: at any moment checkpoint.pt finds the files of its step.
+    """
+    own = {
         "sources": training.sources,
         "ascent": training.ascent.state_dict(),
         "data": training.data.get_state(),
         "noise": training.noise.get_state(),
-        "step": training.step,
-        "seconds": training.seconds,
-        "log_bytes": log.stat().st_size if log.exists() else 0,
     }
-    with replacing(folder / "checkpoint.pt") as file:
-        torch.save(state, file)
+    mine, log = own_checkpoint(folder, training.step), folder / "log.jsonl"
+    if rank() > 0:
+        with replacing(mine) as file:
+            torch.save(own, file)
+    barrier()
+    if rank() == 0:
+        shared = {
+            "U": training.decomposition.U,
+            "V": training.decomposition.V,
+            "G": training.decomposition.G.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "step": training.step,
+            "seconds": training.seconds,
+            "log_bytes": log.stat().st_size if log.exists() else 0,
+        }
+        with replacing(folder / "checkpoint.pt") as file:
+            torch.save(shared | own, file)
+    barrier()
+    for old in set(folder.glob(f"checkpoint_{rank()}_*.pt")) - {mine}:
+        old.unlink()
+
+
+def own_checkpoint(folder: Path, step: int) -> Path:
+    """Where a process that is not the first saves its sources and random states."""
+    return folder / f"checkpoint_{rank()}_{step}.pt"
 
 
 def load_checkpoint(folder: Path, training: Training) -> None:
@@ -695,6 +775,8 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     path = folder / "checkpoint.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if rank() > 0:
+            state |= torch.load(own_checkpoint(folder, state["step"]), map_location="cpu", weights_only=True)
         for mine, saved in (
             (training.decomposition.U, state["U"]),
             (training.decomposition.V, state["V"]),
@@ -714,7 +796,7 @@ def load_checkpoint(folder: Path, training: Training) -> None:
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to start this run anew") from error
-    if (folder / "log.jsonl").exists():
+    if rank() == 0 and (folder / "log.jsonl").exists():
         os.truncate(folder / "log.jsonl", log_bytes)  # steps after the checkpoint will be logged again
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -210,3 +211,80 @@ def test_a_damaged_run_json_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(vpd.BadInput, match="run.json cannot be read"):
         decompose_net(tmp_path, small)
+
+
+# --- Several processes ---
+
+TOGETHER = dataclasses.replace(CONFIG, steps=12, clip_UV=math.inf, clip_G=math.inf, frequency=0.1, importance=0.1)
+
+
+def joined_step(config, rows):
+    """One training step on these rows of a fixed batch and of fixed sources; stochastic masks all 0.3, without routing.
+
+    Returns the losses and, by name, the gradients, and the sources afterwards.
+    """
+    model, generator = net(), torch.Generator().manual_seed(5)
+    batch = torch.randn(8, 4, generator=generator)
+    training = vpd.start(model, C, vpd.check(model, C, batch[rows], config), config)
+    for source in training.sources.values():
+        source.data = torch.rand(8, source.shape[-1], generator=generator)[rows]
+    losses = vpd.training_step(model, batch[rows], vpd.mse, training, config)
+    decomposition = training.decomposition
+    parameters = {**decomposition.U, **{"V" + k: v for k, v in decomposition.V.items()}, **dict(decomposition.G.named_parameters())}
+    return losses, {name: x.grad for name, x in parameters.items()}, vpd.detached(training.sources)
+
+
+def without_chance(model, U, V, g, batch, target, divergence, generator):
+    return vpd.adversarial_reconstruction(model, U, V, g, batch, target, divergence, {path: 0.3 for path in g})
+
+
+def one_of_two(folder):
+    """What each of two processes does: a step on its half of the batch; a whole run; the same run, stopped once and resumed."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    half = slice(4 * vpd.rank(), 4 * vpd.rank() + 4)
+    stochastic, vpd.stochastic_reconstruction = vpd.stochastic_reconstruction, without_chance
+    torch.save(joined_step(TOGETHER, half), folder / f"step{vpd.rank()}.pt")
+    vpd.stochastic_reconstruction = stochastic
+
+    draws = iter(range(1000))
+
+    def mortal(generator):
+        if next(draws) == 1 + 7:  # the first draw is for the checks
+            raise KeyboardInterrupt
+        return batches(generator)
+
+    whole = decompose_net(folder / "whole", TOGETHER)
+    with pytest.raises(KeyboardInterrupt):
+        decompose_net(folder / "stopped", TOGETHER, get_batch=mortal)
+    resumed = decompose_net(folder / "stopped", TOGETHER)
+    torch.save((whole.U, resumed.U, whole.G.state_dict(), resumed.G.state_dict()), folder / f"run{vpd.rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_identical(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        f"from pathlib import Path; import test_runs; test_runs.one_of_two(Path({str(tmp_path)!r}))"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    subprocess.run(launch, check=True, capture_output=True)
+
+    monkeypatch.setattr(vpd, "stochastic_reconstruction", without_chance)
+    losses, gradients, sources = joined_step(TOGETHER, slice(0, 8))
+    halves = [torch.load(tmp_path / f"step{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for one in halves:
+        assert one[0] == pytest.approx(losses, rel=1e-4)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(one[1][name], gradient, rtol=1e-4, atol=1e-6)
+    for path, r in sources.items():
+        torch.testing.assert_close(torch.cat([one[2][path] for one in halves]), r, rtol=1e-4, atol=1e-5)
+
+    runs = [torch.load(tmp_path / f"run{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for U, resumed_U, G, resumed_G in runs:
+        assert same(U, resumed_U) and same(G, resumed_G)
+    assert same(runs[0], runs[1])  # both processes hold the same decomposition ...
+    first, second = (torch.load(tmp_path / "whole" / name, weights_only=True) for name in ("checkpoint.pt", "checkpoint_1_12.pt"))
+    assert not same(first["sources"], second["sources"]) and not same(first["data"], second["data"])  # ... from their own luck
+    assert sorted(file.name for file in (tmp_path / "whole").glob("checkpoint_*")) == ["checkpoint_1_12.pt"]

@@ -1,13 +1,16 @@
 """The language model, its tokenizer and data, and a whole run in small."""
 
 import collections
+import dataclasses
 import json
 import math
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt2 as gpt
 import vpd
@@ -205,3 +208,53 @@ def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monk
     monkeypatch.setattr(vpd, "training_step", never)
     again = gpt.run(settings, tmp_path, "cpu")
     assert again["kl"] == metrics["kl"]
+
+
+def test_operations_agree_with_those_that_torch_counts():
+    preset = dataclasses.replace(small_preset(), batch=64)
+    config = dataclasses.replace(preset.config, G_width=64)
+    model = gpt.GPT(preset.shape).eval()
+    C = {f"h.{i}.{kind}": 40 for i in range(2) for kind in ("attn.q", "mlp.up", "mlp.down")}
+    batch = torch.randint(270, (64, 8))
+    training = vpd.start(model, C, vpd.check(model, C, batch, config), config)
+    with FlopCounterMode(display=False) as counter:
+        vpd.training_step(model, batch, vpd.kl, training, config)
+    # torch counts the little attention scores and Delta too, and no backward pass below the lowest masked matrix
+    assert gpt.operations(model, C, config) * 64 * 8 == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parameters_in_float32():
+    preset = small_preset()
+    torch.manual_seed(0)
+    model = gpt.GPT(preset.shape).eval()
+    C = {f"h.{i}.{kind}": number for i in range(2) for kind, number in preset.C.items()}
+    batch, found = torch.randint(270, (4, 8)), {}
+    for bf16 in (False, True):
+        config = dataclasses.replace(preset.config, bf16=bf16)
+        training = vpd.start(model, C, vpd.check(model, C, batch, config), config)
+        found[bf16] = vpd.training_step(model, batch, vpd.kl, training, config)
+        state = [*training.decomposition.U.values(), *training.decomposition.G.parameters(), *training.sources.values()]
+        assert all(x.dtype == x.grad.dtype == torch.float32 for x in state)
+    assert found[True]["delta"] == found[False]["delta"]  # never in bfloat16
+    assert found[True]["stochastic"] != found[False]["stochastic"]  # the forward passes are
+    assert found[True] == pytest.approx(found[False], rel=0.1)
+
+
+def test_a_gpu_preset_without_a_gpu_warns_with_the_time_it_would_take_and_runs(tmp_path, monkeypatch, capsys):
+    small = small_preset()
+    monkeypatch.setitem(gpt.PRESETS, "gpu", dataclasses.replace(small, config=dataclasses.replace(small.config, bf16=True)))
+    monkeypatch.setattr(gpt, "EVALUATED", 64)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    command = ["train_gpt2.py", "--preset", "gpu", "--device", "cpu", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", command)
+    gpt.main()
+    assert re.search(r"warning: the preset gpu is for GPUs; here its decomposition takes over \d+ hours", capsys.readouterr().err)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["speed"]["tokens_per_second"] > 0
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(vpd, "processes", lambda: 3)
+    settings = {"preset": "laptop", "data": "", "init_from": "", "seed": 0}
+    with pytest.raises(vpd.BadInput, match="batch of 16 does not divide over 3 processes"):
+        gpt.run(settings, tmp_path / "run", "cpu")
+    assert not (tmp_path / "run").exists()
