@@ -107,7 +107,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if writes else 0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]  # (B, T, width)
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))  # (B, T, width)
         for block in self.h:
             x = block(x)
         return self.norm(x) @ self.tokens.weight.T

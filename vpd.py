@@ -16,6 +16,7 @@ combination -- also one chosen by an adversary -- without changing the output. R
     7  The training step
     8  decompose: checks, faithfulness warm-up, the loop, checkpoints
     9  Evaluation: how we know that it worked
+   10  Reading a decomposition: attribution graphs, pruning to one behaviour
 
 Shapes: B = batch, T = positions in a sequence (absent for models without one), C = subcomponents of a matrix, L = number of
 decomposed matrices. "..." stands for all positions: (B,) or (B, T). Every dict is keyed by the path of the matrix in the
@@ -151,17 +152,18 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
     """
 
     def replacer(path):
-        m, m_delta = masks[path][..., :-1], masks[path][..., -1:]  # (..., C), (..., 1)
-
-        def hook(module, args, output):
-            Wx = output if module.bias is None else output - module.bias
-            # output + (m_delta - 1) Wx, and not m_delta Wx + bias: exact, to the last bit, where m_delta = 1
-            return output + (m_delta - 1) * Wx + ((m - m_delta) * (args[0] @ V[path])) @ U[path]
-
-        return hook
+        return lambda module, args, output: masked_linear(module, args[0], output, U[path], V[path], masks[path])
 
     with _hooked(model, {path: replacer(path) for path in masks}):
         return model(batch)
+
+
+def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Tensor, mask: Tensor) -> Tensor:
+    """One matrix under a mask (..., C + 1): its input x (..., d_in) and plain output (..., d_out) to its masked output."""
+    m, m_delta = mask[..., :-1], mask[..., -1:]  # (..., C), (..., 1)
+    Wx = output if module.bias is None else output - module.bias
+    # output + (m_delta - 1) Wx, and not m_delta Wx + bias: exact, to the last bit, where m_delta = 1
+    return output + (m_delta - 1) * Wx + ((m - m_delta) * (x @ V)) @ U
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -956,3 +958,131 @@ def draw_losses(log: Path, file: Path) -> None:
     axis.legend(fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10  Reading a decomposition ([VPD] section 8)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cut_forward(model, decomposition: Decomposition, masks: dict, batch: Tensor, embeddings=()) -> tuple[Tensor, dict, dict]:
+    """A masked forward pass in which nothing flows through a decomposed matrix, or through an embedding, to what is below it.
+
+    embeddings: paths of modules that are no decomposed matrices, but whose outputs are sources too.
+    Returns the output; the subcomponent activations a_c = ||U_c|| V_c^T x, {path: (..., C)}, which depend on what other
+    matrices write only by direct ways; and these writes, {path: (..., d_out)}, in the order in which they run.
+    """
+    U, V = detached(decomposition.U), detached(decomposition.V)
+    activations, writes = {}, {}
+
+    def cutter(path):
+        def hook(module, args, output):
+            if path in U:
+                activations[path] = args[0] @ V[path] * U[path].norm(dim=-1)
+                output = masked_linear(module, args[0], output, U[path], V[path], masks[path])
+            writes[path] = output.detach().requires_grad_()
+            return writes[path]
+
+        return hook
+
+    with _hooked(model, {path: cutter(path) for path in (*embeddings, *U)}):
+        output = model(batch)
+    return output, activations, writes
+
+
+def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activations: dict, writes: dict) -> dict[str, Tensor]:
+    """How much every subcomponent adds directly to `value`, a scalar of a `cut_forward`: {path: (..., C + 1)}.
+
+    (d value / d a_c) a_c m_c; the last column is of the matrix's bias and Delta. For an embedding: (..., 1). Linearised at this
+    input: where value depends linearly on what is written, all of them add up to it.
+    """
+    gradients = torch.autograd.grad(value, list(writes.values()), retain_graph=True, allow_unused=True)
+    found = {}
+    for (path, write), gradient in zip(writes.items(), gradients):
+        if gradient is None:
+            continue  # it runs after what value depends on
+        found[path] = (gradient * write).sum(-1, keepdim=True)
+        if path in decomposition.U:
+            unit = F.normalize(decomposition.U[path].detach(), dim=-1)  # U_c / ||U_c||
+            parts = masks[path][..., :-1] * activations[path].detach() * (gradient @ unit.T)  # (..., C)
+            found[path] = torch.cat([parts, found[path] - parts.sum(-1, keepdim=True)], -1)
+    return found
+
+
+def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(), share: float = 0.0) -> dict:
+    """The attribution graph of one input (1, T): who contributes directly to whom, and to outcome(output), a scalar.
+
+    Nodes: every subcomponent at every position with g > 0, every embedding at every position, and the outcome, in the order in
+    which they run. Edges: those whose attribution has at least this share of all that (in absolute value) goes into their target.
+    Returns {"nodes": [{"matrix", "position", "subcomponent", "importance", "activation"}, ...],
+    "edges": [{"source", "target" (numbers of nodes), "attribution", "share"}, ...]}.
+    """
+    output, activations, writes = cut_forward(model, decomposition, g, batch, embeddings)
+    nodes, number, values = [], {}, []
+    for path, write in writes.items():
+        if path in g:
+            places = [(t, c) for t, c in g[path][0, :, :-1].nonzero().tolist()]
+        else:
+            places = [(t, 0) for t in range(write.shape[-2])]
+        for t, c in places:
+            number[path, t, c] = len(nodes)
+            values.append(activations[path][0, t, c] if path in g else None)
+            known = {"importance": g[path][0, t, c].item(), "activation": values[-1].item()} if path in g else {}
+            nodes.append({"matrix": path, "position": t, "subcomponent": c, **known})
+    nodes.append({"matrix": "outcome", "position": batch.shape[1] - 1, "subcomponent": 0})
+    edges = []
+    for target, value in enumerate([*values, outcome(output)]):
+        if value is None:
+            continue  # an embedding: nothing goes into it
+        found = attributions(value, decomposition, g, activations, writes)
+        total = sum(x.abs().sum() for x in found.values()).clamp(min=1e-30)
+        for path, x in found.items():
+            x = x.reshape(-1, x.shape[-1])  # (T, C + 1), or (T, 1)
+            for t, c in (x.abs() >= max(share, 1e-9) * total).nonzero().tolist():
+                if (source := number.get((path, t, c))) is not None:
+                    edges.append({"source": source, "target": target, "attribution": x[t, c].item(), "share": (x[t, c].abs() / total).item()})
+    return {"nodes": nodes, "edges": edges}
+
+
+def prune(
+    model,
+    decomposition: Decomposition,
+    g: dict[str, Tensor],
+    batch: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    price: float,
+    stochastic: bool = True,
+    adversarial: bool = True,
+    steps: int = 300,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Which of the subcomponents that are active on `batch` does one behaviour need? Their causal importances for it, like g.
+
+    From g on, and only where g > 0, they are trained to keep loss(output) low at a price per node: with all other masks random
+    and those of active nodes random (stochastic), or set by an adversary (adversarial), or both; with neither, the
+    importances themselves are the masks and all else is 0. AdamW on raw scores, lr 0.05, short warm-up and cosine.
+    """
+    U, V = detached(decomposition.U), detached(decomposition.V)
+    active = {path: x > 0 for path, x in g.items()}
+    generator, device = torch.Generator(batch.device).manual_seed(seed), batch.device
+    z = {path: x.clone().requires_grad_() for path, x in g.items()}
+    optimizer = torch.optim.AdamW(z.values(), lr=0.05, weight_decay=0)
+    sources, ascent = start_adversary({path: x.shape for path, x in g.items()}, device, Config(adversary_lr=0.1))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        pruned = {path: lower_leaky(x) * active[path] for path, x in z.items()}
+        if stochastic or adversarial:
+            random = {path: torch.rand(x.shape, generator=generator, device=device) for path, x in g.items()}
+            chosen = {path: torch.where(active[path], sources[path], random[path]) for path in g}
+            kinds = [make_masks(pruned, r) for r, wanted in ((random, stochastic), (chosen, adversarial)) if wanted]
+        else:
+            kinds = [pruned]
+        kept = sum((upper_leaky(x) * active[path] + 1e-12).sqrt().sum() for path, x in z.items())  # p = 0.5: few, and decided
+        total = sum(loss(masked_forward(model, U, V, masks, batch)) for masks in kinds) / len(kinds) + price * kept
+        gradients = torch.autograd.grad(total, [*z.values(), *(sources.values() if adversarial else ())])
+        for x, gradient in zip(z.values(), gradients):
+            x.grad = gradient
+        optimizer.step()
+        if adversarial:
+            ascend(ascent, list(gradients[len(z) :]))
+    return {path: (lower_leaky(x) * active[path]).detach() for path, x in z.items()}
