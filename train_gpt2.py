@@ -622,10 +622,23 @@ def corpus(data: str, preset: Preset, folder: Path) -> tuple[np.ndarray, Tokeniz
     return ids, tokenizer
 
 
-def run(settings: dict, folder: Path, device: str) -> dict | None:
-    """All three stages; what is already in the folder is not repeated. Returns what is saved in metrics.json.
+@dataclass
+class Run:
+    """A run folder, open: all that its stages have left."""
 
-    Of several processes, the first alone evaluates; the others return None.
+    folder: Path
+    preset: Preset
+    model: GPT
+    ids: np.ndarray  # the corpus
+    tokenizer: Tokenizer | None
+    record: dict  # of the target's training
+    C: dict[str, int]
+    decomposition: vpd.Decomposition
+    device: str
+
+
+def target_and_decomposition(settings: dict, folder: Path, device: str) -> Run:
+    """The first two stages; what is already in the folder is loaded and not repeated.
 
     settings: preset, data (a file name, or "" for the standard library), init_from (a checkpoint, or ""), seed.
     """
@@ -636,7 +649,8 @@ def run(settings: dict, folder: Path, device: str) -> dict | None:
         raise BadInput(f"a batch of {preset.batch} does not divide over {vpd.processes()} processes: choose a number that divides it")
     torch.manual_seed(seed)
     model = load_gpt2(Path(init_from)) if init_from else GPT(preset.shape)
-    preset = dataclasses.replace(preset, shape=dataclasses.replace(model.shape, context=min(model.shape.context, preset.shape.context)))
+    shape = dataclasses.replace(model.shape, context=min(model.shape.context, preset.shape.context))
+    preset = dataclasses.replace(preset, shape=shape, config=dataclasses.replace(preset.config, seed=seed))
     with vpd.rank_0_first():
         ids, tokenizer = corpus(data, preset, folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -644,9 +658,10 @@ def run(settings: dict, folder: Path, device: str) -> dict | None:
             file.write(json.dumps(settings).encode())
     model.to(device)
     C = {f"h.{i}.{kind}": number for i in range(model.shape.layers) for kind, number in preset.C.items()}
-    config, positions = dataclasses.replace(preset.config, seed=seed), preset.batch * preset.shape.context
-    if settings["preset"] != "laptop" and not device.startswith("cuda") and vpd.rank() == 0:
-        hours = config.steps * positions * operations(model, C, config) / matrix_rate(device, config.bf16) / 3600
+    finished = (folder / "metrics.json").exists()
+    if settings["preset"] != "laptop" and not device.startswith("cuda") and vpd.rank() == 0 and not finished:
+        steps, per_step = preset.config.steps, preset.batch * shape.context * operations(model, C, preset.config)
+        hours = steps * per_step / matrix_rate(device, preset.config.bf16) / 3600
         print(f"warning: the preset {settings['preset']} is for GPUs; here its decomposition takes over {hours:,.0f} hours", file=sys.stderr)
 
     if (folder / "target.pt").exists():
@@ -660,32 +675,34 @@ def run(settings: dict, folder: Path, device: str) -> dict | None:
     model.eval()
 
     def get_batch(generator):
-        return sample(ids, preset.shape.context, preset.batch // vpd.processes(), False, generator)
+        return sample(ids, shape.context, preset.batch // vpd.processes(), False, generator)
 
-    decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, folder / "decomposition", CHECKPOINT_SECONDS)
-    if vpd.rank() > 0:
-        return None
-    log = folder / "decomposition" / "log.jsonl"
+    decomposition = vpd.decompose(model, C, get_batch, vpd.kl, preset.config, folder / "decomposition", CHECKPOINT_SECONDS)
+    return Run(folder, preset, model, ids, tokenizer, record, C, decomposition, device)
 
-    began = time.monotonic()
-    batches = validation_batches(ids, preset, device)
-    metrics = settings | measure(model, decomposition, batches, record["curve"], tokenizer, seed)
+
+def evaluation(run: Run, settings: dict) -> dict:
+    """The third stage: metrics.json, which is returned, the pictures and the continuations."""
+    began, log, config = time.monotonic(), run.folder / "decomposition" / "log.jsonl", run.preset.config
+    batches = validation_batches(run.ids, run.preset, run.device)
+    metrics = settings | measure(run.model, run.decomposition, batches, run.record["curve"], run.tokenizer, config.seed)
     seconds = json.loads(log.read_text().splitlines()[-1])["seconds"]
-    metrics["seconds"] = {"target": record["seconds"], "decomposition": seconds, "evaluation": time.monotonic() - began}
+    positions = config.steps * run.preset.batch * run.preset.shape.context  # seen while training
+    metrics["seconds"] = {"target": run.record["seconds"], "decomposition": seconds, "evaluation": time.monotonic() - began}
     metrics["speed"] = {
         "seconds_per_step": seconds / config.steps,
-        "tokens_per_second": config.steps * positions / seconds,
-        "operations_per_second": config.steps * positions * operations(model, C, config) / seconds,
-        "matrix_rate": vpd.processes() * matrix_rate(device, config.bf16),  # the same devices on one large matrix product
+        "tokens_per_second": positions / seconds,
+        "operations_per_second": positions * operations(run.model, run.C, config) / seconds,
+        "matrix_rate": vpd.processes() * matrix_rate(run.device, config.bf16),  # the same devices on one large matrix product
     }
-    with vpd.replacing(folder / "metrics.json") as file:
+    with vpd.replacing(run.folder / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=1).encode())
-    vpd.draw_spectrum(metrics, folder / "spectrum.png")
-    vpd.draw_losses(log, folder / "losses.png")
-    draw_masking(metrics, folder / "masking.png")
-    if tokenizer:
-        text = side_by_side(model, decomposition, batches[0][:1, : preset.shape.context // 2], tokenizer)
-        (folder / "continuations.txt").write_text(text, encoding="utf-8")
+    vpd.draw_spectrum(metrics, run.folder / "spectrum.png")
+    vpd.draw_losses(log, run.folder / "losses.png")
+    draw_masking(metrics, run.folder / "masking.png")
+    if run.tokenizer:
+        text = side_by_side(run.model, run.decomposition, batches[0][:1, : run.preset.shape.context // 2], run.tokenizer)
+        (run.folder / "continuations.txt").write_text(text, encoding="utf-8")
         print(text)
     return metrics
 
@@ -717,12 +734,12 @@ def main() -> None:
                 settings = json.loads((folder / "settings.json").read_text())
             elif vpd.rank() == 0 and folder.exists() and any(folder.iterdir()):
                 raise BadInput(f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out")
-        metrics = run(settings, folder, device)
+        run = target_and_decomposition(settings, folder, device)
+        if vpd.rank() == 0:
+            print(table(evaluation(run, settings)))
+            print(f"pictures and metrics.json are in {folder}")
     except BadInput as error:
         sys.exit(f"error: {error}")
-    if metrics:
-        print(table(metrics))
-        print(f"pictures and metrics.json are in {folder}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -184,7 +184,7 @@ def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monk
     monkeypatch.setattr(gpt, "EVALUATED", 64)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     settings = {"preset": "laptop", "data": str(tmp_path / "text.txt"), "init_from": "", "seed": 0}
-    metrics = gpt.run(settings, tmp_path, "cpu")
+    metrics = gpt.evaluation(gpt.target_and_decomposition(settings, tmp_path, "cpu"), settings)
     assert metrics["target"]["curve"][-1][1] < metrics["target"]["curve"][0][1]  # it learned
     assert metrics["total"]["C"] == 2 * 20 and set(metrics["matrices"]) >= {"h.0.attn.q", "h.1.mlp.down"}
     assert json.loads((tmp_path / "metrics.json").read_text())["kl"] == metrics["kl"]
@@ -206,7 +206,7 @@ def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monk
 
     monkeypatch.setattr(gpt, "train_target", never)
     monkeypatch.setattr(vpd, "training_step", never)
-    again = gpt.run(settings, tmp_path, "cpu")
+    again = gpt.evaluation(gpt.target_and_decomposition(settings, tmp_path, "cpu"), settings)
     assert again["kl"] == metrics["kl"]
 
 
@@ -256,5 +256,5 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tmp_path, mo
     monkeypatch.setattr(vpd, "processes", lambda: 3)
     settings = {"preset": "laptop", "data": "", "init_from": "", "seed": 0}
     with pytest.raises(vpd.BadInput, match="batch of 16 does not divide over 3 processes"):
-        gpt.run(settings, tmp_path / "run", "cpu")
+        gpt.target_and_decomposition(settings, tmp_path / "run", "cpu")
     assert not (tmp_path / "run").exists()
