@@ -4,6 +4,12 @@
     python train_gpt2.py --data my.txt --out runs/mine      # any UTF-8 text
     python train_gpt2.py --data corpus.bin                  # uint16 token ids (nanoGPT's format), memory-mapped
     python train_gpt2.py --out runs/mine --resume           # go on where a killed run stopped
+
+    python train_gpt2.py --out runs/laptop --report         # read a finished run: the page of all parts
+    python train_gpt2.py --out runs/laptop --circuit "def __init__(" [--token self]
+    python train_gpt2.py --out runs/laptop --attention 1 [--prompt "..."]
+    python train_gpt2.py --out runs/laptop --edit [h.1.mlp.down:37 --to None --alpha 3]
+
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset paper --data pile.bin
 
 Three stages, each with its product in the run folder: the target model (target.pt), its decomposition (decomposition/), and the
@@ -14,9 +20,13 @@ the command.
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
+import contextlib
 import dataclasses
+import difflib
 import heapq
+import html
 import json
 import math
 import os
@@ -27,6 +37,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -499,16 +513,19 @@ def compute_recovered(curve: list, ce: float) -> float:
     return 1.0
 
 
-def continuations(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, new: int) -> dict[str, list[int]]:
-    """The prompt (1, T) continued by the target and by the decomposition under each masking, with the same luck for all."""
+@torch.no_grad()
+def continued(logits_of, prompt: Tensor, new: int, context: int) -> list[int]:
+    """The prompt (1, T) and `new` tokens sampled after it at temperature 0.8, always with the same luck."""
+    ids, luck = prompt, torch.Generator().manual_seed(0)
+    for _ in range(new):
+        logits = logits_of(ids[:, -context:])[:, -1].float().cpu() / 0.8
+        noise = -(-torch.rand(logits.shape, generator=luck).clamp(min=1e-9).log()).log()  # Gumbel: argmax then samples
+        ids = torch.cat([ids, (logits + noise).argmax(-1, keepdim=True).to(ids.device)], 1)
+    return ids[0].tolist()
 
-    def continued(logits_of) -> list[int]:
-        ids, luck = prompt, torch.Generator().manual_seed(0)
-        for _ in range(new):
-            logits = logits_of(ids[:, -model.shape.context :])[:, -1].float().cpu() / 0.8
-            noise = -(-torch.rand(logits.shape, generator=luck).clamp(min=1e-9).log()).log()  # Gumbel: argmax then samples
-            ids = torch.cat([ids, (logits + noise).argmax(-1, keepdim=True).to(ids.device)], 1)
-        return ids[0].tolist()
+
+def continuations(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, new: int) -> dict[str, list[int]]:
+    """The prompt (1, T) continued by the target and by the decomposition under each masking."""
 
     def masked(name):
         def logits_of(ids):
@@ -518,9 +535,8 @@ def continuations(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, 
 
         return logits_of
 
-    with torch.no_grad():
-        names = ("unmasked", "stochastic", "rounded_0", "importance")
-        return {"target": continued(model)} | {name: continued(masked(name)) for name in names}
+    models = {"target": model} | {name: masked(name) for name in ("unmasked", "stochastic", "rounded_0", "importance")}
+    return {name: continued(logits_of, prompt, new, model.shape.context) for name, logits_of in models.items()}
 
 
 def side_by_side(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, tokenizer: Tokenizer) -> str:
@@ -555,8 +571,6 @@ def measure(model: GPT, decomposition: vpd.Decomposition, batches: list[Tensor],
 
 def draw_masking(metrics: dict, file: Path) -> None:
     """KL by masking, and under the fresh adversary by its number of steps."""
-    import matplotlib.pyplot as plt
-
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     names = [name for name in metrics["kl"] if name != "ablated"]
     left.barh(names[::-1], [metrics["kl"][name] for name in names[::-1]])
@@ -591,7 +605,7 @@ def table(metrics: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
+# A run: the three stages
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -707,6 +721,555 @@ def evaluation(run: Run, settings: dict) -> dict:
     return metrics
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the decomposition: the page of all parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+FIRES = 0.1  # a subcomponent fires where its causal importance exceeds this ([VPD] section 8)
+EXAMPLES, AROUND = 8, 10  # per subcomponent; tokens on either side
+
+
+@torch.no_grad()
+def observe(run: Run) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The evaluation set (N, T), and what every subcomponent does on it: causal importances and activations {path: (N, T, C)}.
+
+    The activation is ||U_c|| V_c^T x, signed: how much of its write direction a subcomponent adds.
+    """
+    U, V, g, a = run.decomposition.U, run.decomposition.V, collections.defaultdict(list), collections.defaultdict(list)
+    batches = validation_batches(run.ids, run.preset, run.device)
+    for batch in batches:
+        _, inputs = vpd.forward_with_inputs(run.model, U, batch)
+        for path, x in vpd.causal_importances(run.decomposition.G(inputs, U, V)).items():
+            g[path].append(x[..., :-1].half())
+            a[path].append((inputs[path] @ V[path] * U[path].norm(dim=-1)).half())
+    return torch.cat(batches), {path: torch.cat(x) for path, x in g.items()}, {path: torch.cat(x) for path, x in a.items()}
+
+
+def clearness(ids: Tensor, fires: Tensor, vocabulary: int) -> tuple[float, str, list[tuple[int, float]]]:
+    """How clearly one sees when a subcomponent fires: (score, by which token, that token's commonest values with their shares).
+
+    For the token at the position, the one before and the one after: the share of positions where it fires, (N, T) bool, that have
+    one of the three commonest values there, less the share of these values in all text; the best of the three. 1 is the clearest.
+    """
+    best = (-1.0, "", [])
+    for name, shift in (("this token", 0), ("the token before", -1), ("the token after", 1)):
+        seen, where = (ids, fires) if not shift else (ids[:, :-1], fires[:, 1:]) if shift < 0 else (ids[:, 1:], fires[:, :-1])
+        if where.any():
+            share, base = (torch.bincount(x, minlength=vocabulary) / len(x) for x in (seen[where], seen.flatten()))
+            top = share.topk(3).indices
+            score = (share[top] - base[top]).sum().item()
+            best = max(best, (score, name, [(i, share[i].item()) for i in top.tolist() if share[i] > 0]))
+    return best
+
+
+def examples(ids: Tensor, g: Tensor, a: Tensor, fires: Tensor, generator: torch.Generator) -> list[list[list[int]]]:
+    """Random windows around positions where a subcomponent fires: [tokens, importances 0 to 9, activations -9 to 9] each."""
+    places, largest, found = fires.nonzero(), a[fires].abs().max().clamp(min=1e-6), []
+    for n, t in places[torch.randperm(len(places), generator=generator)[:EXAMPLES].to(places.device)].tolist():
+        window = slice(max(0, t - AROUND), t + AROUND + 1)
+        strength = (9 * a[n, window] / largest).round().clamp(-9, 9)
+        found.append([ids[n, window].tolist(), (9 * g[n, window]).ceil().int().tolist(), strength.int().tolist()])
+    return found
+
+
+def moved_tokens(run: Run, path: str, c: int, sign: float) -> list[int]:
+    """The tokens whose logits a subcomponent raises most where it fires: its write direction through the unembedding.
+
+    Only for matrices that write to the residual stream; else none. sign: of its activation there.
+    """
+    if not path.endswith(("attn.o", "mlp.down")):
+        return []
+    write = run.decomposition.U[path][c].detach() * sign
+    return (run.model.tokens.weight.detach() @ (run.model.norm.weight.detach() * (write - write.mean()))).topk(6).indices.tolist()
+
+
+def parts_of(run: Run) -> list[dict]:
+    """All subcomponents that fire on the evaluation set, with what a person needs to judge them, the clearest first."""
+    ids, g, a = observe(run)
+    generator, parts = torch.Generator().manual_seed(0), []
+    for path in g:
+        for c in (g[path].amax((0, 1)) > FIRES).nonzero()[:, 0].tolist():
+            fires = g[path][..., c] > FIRES
+            score, by, tokens = clearness(ids, fires, run.preset.shape.vocabulary)
+            part = {"matrix": path, "c": c, "fires": int(fires.sum()), "density": fires.float().mean().item()}
+            part |= {"importance": g[path][..., c][fires].float().mean().item(), "clearness": score, "by": by, "tokens": tokens}
+            part["moves"] = moved_tokens(run, path, c, a[path][..., c][fires].float().mean().sign().item())
+            part["examples"] = examples(ids, g[path][..., c].float(), a[path][..., c].float(), fires, generator)
+            parts.append(part)
+    return sorted(parts, key=lambda part: -part["clearness"])
+
+
+def clearest(parts: list[dict], number: int = 20, of_each: int = 3) -> list[dict]:
+    """The clearest parts that fire at least 20 times, at most `of_each` from one matrix."""
+    taken = collections.Counter()
+    chosen = []
+    for part in parts:
+        if part["fires"] >= 20 and taken[part["matrix"]] < of_each and len(chosen) < number:
+            taken[part["matrix"]] += 1
+            chosen.append(part)
+    return chosen
+
+
+def shown(run: Run, token: int) -> str:
+    """A token as people can see it; without a tokenizer its number."""
+    return repr(run.tokenizer.decode([token])) if run.tokenizer else str(token)
+
+
+def report(run: Run) -> str:
+    """Write report.html, and return the clearest parts as text for the terminal."""
+    parts = parts_of(run)
+    vocabulary = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in range(run.preset.shape.vocabulary)]
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    pictures = [base64.b64encode((run.folder / name).read_bytes()).decode() for name in ("masking.png", "spectrum.png", "losses.png")]
+    data = json.dumps({"vocabulary": vocabulary, "parts": parts}, separators=(",", ":")).replace("<", "\\u003c")  # no tag inside
+    page = PAGE.replace("@@TABLE@@", html.escape(table(metrics)))
+    page = page.replace("@@PICTURES@@", "".join(f'<img src="data:image/png;base64,{picture}">' for picture in pictures)).replace("@@DATA@@", data)
+    with vpd.replacing(run.folder / "report.html") as file:
+        file.write(page.encode())
+    lines = []
+    for part in clearest(parts):
+        tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
+        moves = "; raises " + " ".join(shown(run, token) for token in part["moves"][:4]) if part["moves"] else ""
+        name = f"{part['matrix']}:{part['c']}"
+        lines.append(f"{name:18s} clearness {part['clearness']:.2f}, fires {part['fires']:5d} times; {part['by']}: {tokens}{moves}")
+    return "\n".join(lines)
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>The parts of a language model</title>
+<style>
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222 }
+pre { background: #f4f4f4; padding: 1em; overflow-x: auto } img { max-width: 32%; margin-right: 1% }
+table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: 2px 8px; border-bottom: 1px solid #ddd; vertical-align: top }
+th, .row { cursor: pointer } .row:hover { background: #f4f4f4 } input { font: inherit; width: 30em; padding: 4px }
+.example, code { font: 13px/2 ui-monospace, monospace; white-space: pre-wrap } .example { border-left: 3px solid #ddd; margin: 6px 0; padding-left: 8px }
+code { background: #eee; padding: 0 2px; margin-right: 5px }
+</style>
+<h1>The parts of a language model</h1>
+<details><summary>How good is the decomposition?</summary><pre>@@TABLE@@</pre>@@PICTURES@@</details>
+<p>Each row is a <em>subcomponent</em>, a rank-one part of a weight matrix. It <em>fires</em> where its causal importance exceeds 0.1: there it cannot be
+ablated without changing the output. <em>Clearness</em>: of the positions where it fires, the share with one of the three commonest tokens there (this one,
+the one before or the one after), less the share of these tokens in all text. <em>Raises</em>: tokens whose logits its write direction raises most.
+Click a row for examples: orange = causal importance, underline = activation (blue positive, red negative).</p>
+<p><input id="search" placeholder="search: a matrix (h.1.mlp), a part (h.1.attn.q:3) or a token" autofocus> <span id="count"></span></p>
+<table><thead><tr id="head"></tr></thead><tbody id="body"></tbody></table><p><button id="more">more</button></p>
+<script type="application/json" id="data">@@DATA@@</script>
+<script>
+const data = JSON.parse(document.getElementById('data').textContent), get = id => document.getElementById(id)
+const visible = text => text.replace(/\\n/g, '\\u23ce\\n').replace(/\\t/g, '\\u2192\\t')
+const columns = [['part', p => p.matrix + ':' + String(p.c).padStart(5)], ['fires on', p => p.density], ['importance', p => p.importance],
+                 ['clearness', p => p.clearness], ['where it fires', p => p.by], ['raises', p => p.moves.length]]
+const element = (tag, text, parent, name) => { const e = document.createElement(tag); e.textContent = text; if (name) e.className = name; parent.append(e); return e }
+for (const p of data.parts) p.text = [p.matrix + ':' + p.c, ...p.tokens.map(t => data.vocabulary[t[0]]), ...p.moves.map(t => data.vocabulary[t])].join('\\n').toLowerCase()
+let sorted = 3, up = false, limit = 100
+columns.forEach(([name], i) => element('th', name, get('head')).onclick = () => { up = sorted == i ? !up : i == 0; sorted = i; draw() })
+function draw() {
+  const wanted = get('search').value.toLowerCase(), key = columns[sorted][1], body = get('body')
+  const found = data.parts.filter(p => p.text.includes(wanted)).sort((a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * (up ? 1 : -1))
+  get('count').textContent = found.length + ' of ' + data.parts.length + ' parts'
+  get('more').hidden = found.length <= limit
+  body.replaceChildren()
+  for (const p of found.slice(0, limit)) {
+    const row = element('tr', '', body, 'row')
+    element('td', p.matrix + ':' + p.c, row)
+    element('td', (100 * p.density).toPrecision(2) + ' %', row)
+    element('td', p.importance.toFixed(2), row)
+    element('td', p.clearness.toFixed(2), row)
+    const where = element('td', p.by + ': ', row), moves = element('td', '', row)
+    for (const [token, share] of p.tokens) { element('code', visible(data.vocabulary[token]), where); where.append(Math.round(100 * share) + ' % ') }
+    for (const token of p.moves) element('code', visible(data.vocabulary[token]), moves)
+    let opened = null
+    row.onclick = () => { if (opened) { opened.remove(); opened = null } else { opened = document.createElement('tr'); row.after(opened); examples(p, opened) } }
+  }
+}
+function examples(p, row) {
+  const cell = element('td', '', row); cell.colSpan = columns.length
+  for (const [ids, g, a] of p.examples) {
+    const line = element('div', '', cell, 'example')
+    ids.forEach((id, i) => {
+      const span = element('span', visible(data.vocabulary[id]), line)
+      span.style.background = `rgba(255, 150, 0, ${g[i] / 9})`
+      span.style.borderBottom = `3px solid rgba(${a[i] > 0 ? '0, 90, 200' : '200, 0, 40'}, ${Math.abs(a[i]) / 9})`
+      span.title = `importance ${(g[i] / 9).toFixed(1)}, activation ${(a[i] / 9).toFixed(1)} of the largest`
+    })
+  }
+}
+get('search').oninput = () => { limit = 100; draw() }
+get('more').onclick = () => { limit += 400; draw() }
+draw()
+</script>
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the decomposition: circuits
+# ---------------------------------------------------------------------------------------------------------------------
+
+EMBEDDINGS = ("tokens", "positions")
+PRICE = 2e-3  # of a node while pruning, in nats of cross-entropy
+PRUNINGS = {  # of the masks while pruning: random ones, an adversary's
+    "importances alone": (False, False),
+    "stochastic": (True, False),
+    "stochastic and adversarial": (True, True),
+}
+
+
+def encoded(run: Run, text: str) -> Tensor:
+    """A prompt as (1, T) token ids. Raises BadInput if the run has no tokenizer, or the prompt is empty or too long."""
+    if not run.tokenizer:
+        raise BadInput(f"{run.folder} was made from token ids, without a tokenizer: prompts need a run on text")
+    ids = run.tokenizer.encode(text)
+    if not 1 <= len(ids) <= run.preset.shape.context:
+        raise BadInput(f"the prompt {text[:40]!r} has {len(ids)} tokens: the model takes 1 to {run.preset.shape.context}")
+    return torch.from_numpy(ids.astype(np.int64))[None].to(run.device)
+
+
+def one_token(run: Run, text: str) -> int:
+    """The id of a text that is one token; raises BadInput, with its pieces, if it is not."""
+    ids = encoded(run, text)[0].tolist()
+    if len(ids) != 1:
+        raise BadInput(f"{text!r} is not one token but {len(ids)}: {' '.join(shown(run, i) for i in ids)}; give one of them")
+    return ids[0]
+
+
+def name_of(run: Run, node: dict, ids: Tensor) -> str:
+    """A node as people read it: part@position, with the token there."""
+    where = f"@{node['position']} {shown(run, int(ids[0, node['position']]))}"
+    part = f":{node['subcomponent']}" if "importance" in node else ""
+    return f"{node['matrix']}{part}{where}"
+
+
+def edges_into(graph: dict) -> dict[int, list[dict]]:
+    """The edges into every node, the strongest first."""
+    into = collections.defaultdict(list)
+    for edge in sorted(graph["edges"], key=lambda edge: -edge["share"]):
+        into[edge["target"]].append(edge)
+    return into
+
+
+def strongest_paths(run: Run, graph: dict, ids: Tensor, number: int = 8) -> str:
+    """Down from the outcome: its strongest sources, and below each always the strongest, to an embedding. <- raises, |- lowers."""
+    into, lines = edges_into(graph), []
+    for edge in into[len(graph["nodes"]) - 1][:number]:
+        line, below = f"{edge['share']:6.1%}  outcome", [edge]
+        while below:
+            line += (" <- " if below[0]["attribution"] > 0 else " |- ") + name_of(run, graph["nodes"][below[0]["source"]], ids)
+            below = into[below[0]["source"]]
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def draw_circuit(run: Run, graph: dict, ids: Tensor, outcome: str, file: Path) -> None:
+    """What goes most into every node: positions across, layers up; node colour = matrix, edge colour and width = signed attribution."""
+    last = len(graph["nodes"]) - 1
+    edges = [edge for target, found in edges_into(graph).items() for edge in found[: 20 if target == last else 3]]
+    used = sorted({edge[end] for edge in edges for end in ("source", "target")})
+    rows = [[*EMBEDDINGS]]
+    for i in range(run.model.shape.layers):
+        rows += [[f"h.{i}.attn.{m}" for m in "qkv"], [f"h.{i}.attn.o"], [f"h.{i}.mlp.up"], [f"h.{i}.mlp.down"]]
+    height = {path: y for y, paths in enumerate([*rows, ["outcome"]]) for path in paths}
+    matrices, cells, at = [path for paths in rows for path in paths], collections.defaultdict(list), {}
+    for n in used:
+        cells[graph["nodes"][n]["position"], height[graph["nodes"][n]["matrix"]]].append(n)
+    for (position, y), inside in cells.items():
+        for i, n in enumerate(inside):  # side by side, and in a zigzag, within the cell
+            at[n] = position + 0.8 * ((i + 0.5) / len(inside) - 0.5), y + 0.25 * (i % 2) * (len(inside) > 2)
+    T = ids.shape[1]
+    figure, axis = plt.subplots(figsize=(max(7, 1.15 * T), 7.5), layout="constrained")
+    for edge in edges:
+        (x0, y0), (x1, y1) = at[edge["source"]], at[edge["target"]]
+        colour = "#1f6fb4" if edge["attribution"] > 0 else "#c85200"
+        axis.plot([x0, x1], [y0, y1], color=colour, linewidth=0.3 + 5 * edge["share"], alpha=0.6, zorder=1)
+    for path in [*matrices, "outcome"]:
+        points = [at[n] for n in used if graph["nodes"][n]["matrix"] == path]
+        colour = "black" if path == "outcome" else plt.get_cmap("tab20")(matrices.index(path) % 20)
+        axis.scatter([x for x, _ in points], [y for _, y in points], s=45, color=colour, edgecolors="white", linewidths=0.5, zorder=2)
+    axis.set_xticks(range(T), [shown(run, i) for i in ids[0].tolist()])
+    axis.set_yticks(range(len(rows) + 1), ["tokens, positions", *(", ".join([row[0], *(path[-1] for path in row[1:])]) for row in rows[1:]), f"outcome: {outcome}"])
+    axis.set(xlabel="position", title="what goes most into every part that is left (blue raises, orange lowers)", xlim=(-0.6, T - 0.4))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
+    """The attribution graph of one prediction, and what is left of it when it is pruned in three ways; see `circuits`."""
+    model, decomposition, ids = run.model, run.decomposition, encoded(run, prompt)
+    target, g = vpd.predict_importances(model, decomposition, ids)
+    token = one_token(run, token_text) if token_text else int(target[0, -1].argmax())
+    g = vpd.detached(g)
+
+    wanted = torch.tensor([token], device=ids.device)
+
+    def loss(output):
+        return F.cross_entropy(output[:, -1].float(), wanted)
+
+    def judged(importances):
+        with torch.no_grad():
+            ce = loss(vpd.masked_forward(model, decomposition.U, decomposition.V, importances, ids)).item()
+        attacked = vpd.attack(model, decomposition, importances, g, ids, loss)
+        return {"nodes": sum(int((x > 0).sum()) for x in importances.values()), "ce": ce, "attacked": attacked}
+
+    def outcome(logits):  # the softmax does not see what all logits have in common
+        return logits[0, -1, token] - logits[0, -1].mean()
+
+    def graph(importances):
+        return vpd.attribution_graph(model, decomposition, importances, ids, outcome, EMBEDDINGS, share=0.005)
+
+    prunings = {"not pruned": judged(g)}
+    for name, (stochastic, adversarial) in PRUNINGS.items():
+        pruned = vpd.prune(model, decomposition, g, ids, loss, PRICE, stochastic, adversarial)
+        prunings[name] = judged(pruned)
+    found = {"prompt": prompt, "token": token, "ids": ids[0].tolist(), "target_ce": loss(target).item(), "prunings": prunings}
+    return {**found, "graph": graph(g), "pruned_graph": graph(pruned)}  # pruned: in the last way
+
+
+def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
+    """For every prompt circuit.json and circuit.png (numbered from the second on); the strongest paths of each and a table of all.
+
+    circuit.json: the attribution graph of all active subcomponents, and that of those left by the last pruning, which is drawn.
+    """
+    lines, found = [], []
+    for number, prompt in enumerate(prompts, 1):
+        file = run.folder / ("circuit" if number == 1 else f"circuit_{number}")
+        found.append(result := circuit(run, prompt, token_text))
+        with vpd.replacing(file.with_suffix(".json")) as out:
+            out.write(json.dumps(result).encode())
+        ids, token = torch.tensor([result["ids"]]), shown(run, result["token"])
+        draw_circuit(run, result["pruned_graph"], ids, token, file.with_suffix(".png"))
+        lines += [f"{prompt!r} then {token} (cross-entropy of the target {result['target_ce']:.3f}); the strongest paths after pruning:"]
+        lines += [strongest_paths(run, result["pruned_graph"], ids)]
+    lines += [f"mean of {len(found)} prompts          nodes  cross-entropy   under a fresh adversary of 20, 40, 80 steps"]
+    lines.append(f"{'target':26s} {'':7s} {np.mean([result['target_ce'] for result in found]):14.3f}")
+    for name in found[0]["prunings"]:
+        each = [result["prunings"][name] for result in found]
+        attacked = " ".join(f"{np.mean([x['attacked'][steps] for x in each]):9.3f}" for steps in each[0]["attacked"])
+        lines.append(f"{name:26s} {np.mean([x['nodes'] for x in each]):7.0f} {np.mean([x['ce'] for x in each]):14.3f} {attacked}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the decomposition: attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+PAIRS = 100  # of a q and a k subcomponent, shown per head
+
+
+@torch.no_grad()
+def score_parts(model: GPT, decomposition: vpd.Decomposition, layer: int, ids: Tensor) -> dict[str, Tensor]:
+    """The attention scores of a layer on ids (1, T), before the causal mask, as a sum over pairs of a q and a k subcomponent.
+
+    Of head h from position t to t': score = sum_{c,c'} a_q[t, c] static[h, c, c'] a_k[t', c'] + rest[h, t, t'], where a = V_c^T x,
+    static = U_qc^h . U_kc'^h / sqrt(d), and rest is all that involves a bias or Delta.
+    """
+    paths, heads = [f"h.{layer}.attn.{m}" for m in "qk"], model.shape.heads
+    _, inputs = vpd.forward_with_inputs(model, paths, ids)
+    a, writes, others = [], [], []
+    for path in paths:
+        x, U, V, linear = inputs[path][0], decomposition.U[path], decomposition.V[path], model.get_submodule(path)
+        a.append(x @ V)  # (T, C)
+        writes.append(U.view(len(U), heads, -1).transpose(0, 1))  # (heads, C, d)
+        others.append((linear(x) - x @ V @ U).view(len(x), heads, -1).transpose(0, 1))  # bias and Delta: (heads, T, d)
+    scale = writes[0].shape[-1] ** -0.5
+    by_parts = [torch.einsum("tc,hcd->htd", *pair) for pair in zip(a, writes)]  # (heads, T, d)
+    rest = by_parts[0] @ others[1].mT + others[0] @ by_parts[1].mT + others[0] @ others[1].mT
+    return {"a_q": a[0], "a_k": a[1], "static": writes[0] @ writes[1].mT * scale, "rest": rest * scale}
+
+
+def attention(run: Run, layer: int, prompt: str) -> str:
+    """How a layer's subcomponents spread over its heads, and which pairs of them make its attention scores on a prompt.
+
+    Writes attention_LAYER.png (norms) and attention_LAYER_pairs.png, and returns the strongest pairs.
+    """
+    if not 0 <= layer < run.model.shape.layers:
+        raise BadInput(f"there is no layer {layer}: the model has layers 0 to {run.model.shape.layers - 1}")
+    metrics = json.loads((run.folder / "metrics.json").read_text())["matrices"]
+    heads, lines = run.model.shape.heads, []
+    figure, axes = plt.subplots(1, 4, figsize=(10, 4), layout="constrained")
+    for axis, m in zip(axes, "qkvo"):
+        path = f"h.{layer}.attn.{m}"
+        U, V = run.decomposition.U[path].detach(), run.decomposition.V[path].detach()
+        by_head, other = (V.T, U) if m == "o" else (U, V.T)  # o reads from the heads, the others write to them
+        norm = by_head.view(len(U), heads, -1).norm(dim=-1) * other.norm(dim=-1, keepdim=True)  # (C, heads)
+        norm = norm[torch.tensor(metrics[path]["mean_importance"]) > vpd.ALIVE].cpu()
+        several = ((norm > 0.5 * norm.amax(1, keepdim=True)).sum(1) > 1).float().mean()
+        lines.append(f"{path}: {several:.0%} of {len(norm)} alive have over half their largest norm in another head too")
+        image = axis.imshow(norm[norm.argmax(1).argsort(stable=True)], aspect="auto", cmap="viridis", interpolation="nearest")
+        axis.set(title=path, xlabel="head", ylabel="alive subcomponent" if m == "q" else "", xticks=range(heads))
+        figure.colorbar(image, ax=axis)
+    figure.suptitle("norm of each subcomponent per head")
+    figure.savefig(run.folder / f"attention_{layer}.png", dpi=110)
+    plt.close(figure)
+
+    ids = encoded(run, prompt)
+    parts = score_parts(run.model, run.decomposition, layer, ids)
+    a_q, a_k, static, T = parts["a_q"], parts["a_k"], parts["static"], ids.shape[1]
+    V_q, V_k = (run.decomposition.V[f"h.{layer}.attn.{m}"].detach().norm(dim=0) for m in "qk")
+    signed = V_q[:, None] * static * V_k * a_q.mean(0).sign()[:, None] * a_k.mean(0).sign()  # (heads, C_q, C_k)
+    allowed = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+
+    def centred(scores):  # the softmax does not see what all allowed positions have in common
+        scores = torch.where(allowed, scores, 0.0)
+        return torch.where(allowed, scores - scores.sum(-1, keepdim=True) / allowed.sum(-1, keepdim=True), 0.0)
+
+    pairs = torch.einsum("tc,hcd,sd->hts", a_q, static, a_k)
+    true = centred(pairs + parts["rest"])  # (heads, T, T)
+    figure, axes = plt.subplots(heads, 5, figsize=(13, 2.5 * heads), squeeze=False, layout="constrained")
+    for h in range(heads):
+        z = signed[h] / signed[h].std()
+        best = z.flatten().topk(3).indices
+        lines.append(f"head {h}, strongest static pairs: " + ", ".join(f"q:{i // len(V_k)} k:{i % len(V_k)} ({z.flatten()[i]:.1f} sd)" for i in best.tolist()))
+        size = torch.einsum("tc,td->cd", a_q.square(), (a_k.square().cumsum(0) / torch.arange(1, T + 1, device=ids.device)[:, None]))
+        top = (size * static[h].square()).flatten().topk(min(PAIRS, static[h].numel())).indices.tolist()  # pairs with the largest mean square on this prompt
+        each = [centred(static[h, i // len(V_k), i % len(V_k)] * a_q[:, i // len(V_k), None] * a_k[:, i % len(V_k)]) for i in top]
+        explained = 1 - (true[h] - sum(each)).square().sum() / true[h].square().sum()
+        lines.append(f"head {h}, on the prompt: {PAIRS} of {static[h].numel()} pairs explain {explained:.0%} of the scores' variance")
+        pattern = torch.where(allowed, true[h], -torch.inf).softmax(-1)
+        panels = [("attention", pattern), ("scores", true[h]), (f"{PAIRS} pairs: {explained:.0%}", sum(each))]
+        panels += [(f"q:{i // len(V_k)} k:{i % len(V_k)}", x) for i, x in zip(top[:2], each)]
+        limit = true[h].abs().max().item()
+        for axis, (title, matrix) in zip(axes[h], panels):
+            colours = {"cmap": "viridis", "vmin": 0, "vmax": 1} if title == "attention" else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+            axis.imshow(matrix.cpu(), interpolation="nearest", **colours)
+            axis.set(title=f"head {h}: {title}", xticks=[], yticks=[])
+        axes[h, 0].set_yticks(range(T), [shown(run, i) for i in ids[0].tolist()], fontsize=7)
+    figure.suptitle(f"layer {layer}: from each position (down) to those before (across)")
+    figure.savefig(run.folder / f"attention_{layer}_pairs.png", dpi=110)
+    plt.close(figure)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the decomposition: an edit by hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+ALPHAS = (0.5, 1.0, 2.0, 3.0, 5.0)
+
+
+def chosen_part(run: Run, name: str) -> tuple[str, int]:
+    """MATRIX:NUMBER as (path, c). Raises BadInput, naming the nearest, if there is none, or it is dead, or it cannot be edited."""
+    path, _, number = name.partition(":")
+    editable = [path for path in run.C if path.endswith(("attn.o", "mlp.down"))]
+    if path not in run.C:
+        nearest = difflib.get_close_matches(path, editable, n=2, cutoff=0.0)
+        raise BadInput(f"{path!r} is no matrix of this run; the nearest that can be edited: {', '.join(nearest)}")
+    if path not in editable:
+        raise BadInput(f"{path} does not write to the residual stream, where tokens have directions: choose one of {', '.join(editable)}")
+    mean = json.loads((run.folder / "metrics.json").read_text())["matrices"][path]["mean_importance"]
+    alive = [c for c, x in enumerate(mean) if x > vpd.ALIVE]
+    if not number.isdigit() or int(number) not in alive:
+        nearest = min(alive, key=lambda c: abs(c - int(number))) if number.isdigit() else alive[0]
+        raise BadInput(f"{name!r} is no alive subcomponent of {path} (it has {len(mean)}, {len(alive)} alive): the nearest is {path}:{nearest}")
+    return path, int(number)
+
+
+@contextlib.contextmanager
+def edited(run: Run, path: str, c: int, token: int, strength: float):
+    """Within, the model's matrix writes the direction of `token` where subcomponent c wrote its own, `strength` times U_c's length."""
+    weight, U, V = run.model.get_submodule(path).weight, run.decomposition.U[path][c].detach(), run.decomposition.V[path][:, c].detach()
+    direction = F.normalize(run.model.tokens.weight[token].detach(), dim=0)
+    original = weight.detach().clone()
+    try:
+        weight.data += torch.outer(strength * U.norm() * direction - U, V)
+        yield
+    finally:
+        weight.data.copy_(original)
+
+
+@torch.no_grad()
+def effect(run: Run, path: str, c: int, token: int, alpha: float, batches: list[Tensor], fires: list[Tensor], sign: float) -> dict[str, float]:
+    """An edit on the evaluation set: the token's probability where c fires, before and after; KL near (20 tokens around) and elsewhere."""
+    before = after = near_kl = far_kl = fired = near_number = far_number = 0.0
+    for batch, where in zip(batches, fires):
+        plain = run.model(batch).float().log_softmax(-1)
+        with edited(run, path, c, token, sign * alpha):
+            changed = run.model(batch).float().log_softmax(-1)
+        kl = (plain.exp() * (plain - changed)).sum(-1)  # (B, T)
+        near = F.max_pool1d(where.float()[:, None], 41, stride=1, padding=20)[:, 0] > 0
+        before += plain[..., token].exp()[where].sum().item()
+        after += changed[..., token].exp()[where].sum().item()
+        near_kl, far_kl = near_kl + kl[near].sum().item(), far_kl + kl[~near].sum().item()
+        fired, near_number, far_number = fired + where.sum().item(), near_number + near.sum().item(), far_number + (~near).sum().item()
+    return {
+        "alpha": alpha,
+        "before": before / max(1, fired),
+        "after": after / max(1, fired),
+        "kl_near": near_kl / max(1, near_number),
+        "kl_elsewhere": far_kl / max(1, far_number),
+    }
+
+
+def edit(run: Run, name: str, token_text: str, alpha: float) -> str:
+    """Make a subcomponent write another token; measure it for several alphas, beside the same edit of a random alive one."""
+    path, c = chosen_part(run, name)
+    token, batches = one_token(run, token_text), validation_batches(run.ids, run.preset, run.device)
+    ids, g, a = observe(run)
+    fires = {i: g[path][..., i] > FIRES for i in (g[path].amax((0, 1)) > FIRES).nonzero()[:, 0].tolist()}
+    if c not in fires:
+        raise BadInput(f"{name} fires nowhere in the evaluation set: choose one of {path}:{', '.join(map(str, list(fires)[:5]))} ...")
+    others = [i for i in fires if i != c]
+    control = others[int(torch.randint(len(others), (1,), generator=torch.Generator().manual_seed(0)))]
+    lines, results = [f"{name} -> {token_text!r}: where it fires, {int(fires[c].sum())} of {ids.numel()} positions"], {}
+    for which in (c, control):
+        sign = a[path][..., which][fires[which]].float().mean().sign().item()
+        split = list(fires[which].split([len(batch) for batch in batches]))
+        results[f"{path}:{which}"] = [effect(run, path, which, token, x, batches, split, sign) for x in sorted({*ALPHAS, alpha})]
+        lines.append(f"{path}:{which}{' (control, at random)' if which != c else ''}")
+        lines.append("  alpha   probability before    after    KL within 20 tokens   KL elsewhere")
+        for x in results[f"{path}:{which}"]:
+            lines.append(f"  {x['alpha']:5.1f} {x['before']:20.5f} {x['after']:8.5f} {x['kl_near']:22.5f} {x['kl_elsewhere']:14.6f}")
+    with vpd.replacing(run.folder / "edit.json") as file:
+        file.write(json.dumps({"part": name, "token": token_text, "control": f"{path}:{control}", "effects": results}, indent=1).encode())
+    sign = a[path][..., c][fires[c]].float().mean().sign().item()
+    for n, t in fires[c].nonzero()[torch.randperm(int(fires[c].sum()), generator=torch.Generator().manual_seed(1))[:5]].tolist():
+        prompt = ids[n : n + 1, : t + 1]
+        plain = continued(run.model, prompt, 15, run.model.shape.context)
+        with edited(run, path, c, token, sign * alpha):
+            changed = continued(run.model, prompt, 15, run.model.shape.context)
+        start = run.tokenizer.decode(prompt[0, -25:].tolist())
+        goes_on = [run.tokenizer.decode(x[t + 1 :]) for x in (plain, changed)]
+        lines.append(f"--- {start!r}\n    before: {goes_on[0]!r}\n    after:  {goes_on[1]!r}")
+    return "\n".join(lines)
+
+
+def proposals(run: Run) -> str:
+    """Five subcomponents that look most editable: with a far larger activation where they fire than elsewhere, and clear."""
+    _, g, a = observe(run)
+    found = []
+    for part in parts_of(run):
+        if part["moves"] and 20 <= part["fires"]:
+            activation, fires = a[part["matrix"]][..., part["c"]].float(), g[part["matrix"]][..., part["c"]] > FIRES
+            part["contrast"] = activation[fires].abs().mean().item() / activation[~fires].square().mean().sqrt().item()
+            found.append(part)
+    lines = ["clear, and active where they fire far more than elsewhere (contrast: mean activation there over root mean square elsewhere),"]
+    lines += ["so that an edit changes what happens there and leaves other text alone:"]
+    for part in sorted(found, key=lambda part: -part["contrast"] * max(0, part["clearness"]))[:5]:
+        tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
+        moves = " ".join(shown(run, token) for token in part["moves"][:4])
+        name = f"{part['matrix']}:{part['c']}"
+        lines.append(f"{name:18s} contrast {part['contrast']:.1f}, fires {part['fires']:4d} times; {part['by']}: {tokens}; raises {moves}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read(run: Run, options: argparse.Namespace) -> str:
+    """What the command line asks of a finished run."""
+    if options.report:
+        return report(run) + f"\nall parts are in {run.folder / 'report.html'}"
+    if options.circuit:
+        return circuits(run, options.circuit, options.token) + f"\npictures and graphs are in {run.folder}/circuit*"
+    if options.attention is not None:
+        return attention(run, options.attention, options.prompt) + f"\npictures are in {run.folder}/attention_{options.attention}*.png"
+    if not options.edit:
+        return proposals(run)
+    if not options.to:
+        raise BadInput("--edit needs --to TOKEN, the token that the subcomponent shall write")
+    return edit(run, options.edit, options.to, options.alpha)
+
+
 def main() -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -717,7 +1280,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own preset, data and seed")
     parser.add_argument("--device", default=vpd.best_device(), help="cpu, cuda or mps (default: the best there is)")
+    reading = parser.add_argument_group("read a finished run (--out)")
+    reading.add_argument("--report", action="store_true", help="write report.html, the page of all parts, and print the clearest")
+    reading.add_argument("--circuit", nargs="+", metavar="PROMPT", help="the attribution graph of the prediction after each prompt, and its prunings")
+    reading.add_argument("--token", help="with --circuit: the token to explain (default: what the target predicts)")
+    reading.add_argument("--attention", type=int, metavar="LAYER", help="which pairs of q and k subcomponents make the scores of a layer")
+    reading.add_argument("--prompt", default="def __init__(self, name):\n        self.name = name\n", help="with --attention: the text")
+    reading.add_argument("--edit", nargs="?", const="", metavar="MATRIX:NUMBER", help="write another token; without an argument: propose five")
+    reading.add_argument("--to", metavar="TOKEN", help="with --edit: the token")
+    reading.add_argument("--alpha", type=float, default=3.0, help="with --edit: how strongly, in lengths of the original (default: 3)")
     options = parser.parse_args()
+    reads = options.report or options.circuit or options.attention is not None or options.edit is not None
     preset, device = options.preset or ("gpu" if options.device.startswith("cuda") else "laptop"), options.device
     folder = options.out or Path("runs") / preset
     settings = {"preset": preset, "data": options.data, "init_from": options.init_from, "seed": options.seed}
@@ -728,14 +1301,20 @@ def main() -> None:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         with vpd.rank_0_first():
-            if options.resume:
+            if reads:
+                if not (folder / "metrics.json").exists():
+                    raise BadInput(f"{folder} holds no finished decomposition: make one first, or go on with --resume")
+                settings = json.loads((folder / "settings.json").read_text())
+            elif options.resume:
                 if not (folder / "settings.json").exists():
                     raise BadInput(f"{folder} holds no run to resume: leave out --resume, or give its folder with --out")
                 settings = json.loads((folder / "settings.json").read_text())
             elif vpd.rank() == 0 and folder.exists() and any(folder.iterdir()):
                 raise BadInput(f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out")
         run = target_and_decomposition(settings, folder, device)
-        if vpd.rank() == 0:
+        if reads:
+            print(read(run, options))
+        elif vpd.rank() == 0:
             print(table(evaluation(run, settings)))
             print(f"pictures and metrics.json are in {folder}")
     except BadInput as error:

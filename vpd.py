@@ -1086,3 +1086,21 @@ def prune(
         if adversarial:
             ascend(ascent, list(gradients[len(z) :]))
     return {path: (lower_leaky(x) * active[path]).detach() for path, x in z.items()}
+
+
+def attack(model, decomposition: Decomposition, pruned: dict, g: dict, batch: Tensor, loss: Callable, seed: int = 0) -> dict[str, float]:
+    """loss(output) under a fresh adversary against pruned importances, after 20, 40 and 80 steps of sign ascent: {"20": ..., ...}.
+
+    It moves what `prune` may prune: a source for every subcomponent and position with g > 0, in steps of 0.1, from chance. All
+    other sources, Delta's among them, stay random.
+    """
+    U, V = detached(decomposition.U), detached(decomposition.V)
+    generator, found = torch.Generator(batch.device).manual_seed(seed), {}
+    r = {path: torch.rand(x.shape, generator=generator, device=x.device).requires_grad_() for path, x in g.items()}
+    for step in range(81):
+        value = loss(masked_forward(model, U, V, make_masks(pruned, r), batch))
+        if step in (20, 40, 80):
+            found[str(step)] = value.item()
+        for (path, x), gradient in zip(r.items(), torch.autograd.grad(value, list(r.values()))):
+            x.data = torch.where(g[path] > 0, (x + 0.1 * gradient.sign()).clamp(0, 1), x.data)
+    return found
