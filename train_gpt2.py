@@ -530,7 +530,7 @@ def continuations(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, 
     def masked(name):
         def logits_of(ids):
             _, g = vpd.predict_importances(model, decomposition, ids)
-            masks = vpd.evaluation_masks(g, torch.Generator(ids.device).manual_seed(0))[name]
+            masks = dict(vpd.evaluation_masks(g, torch.Generator(ids.device).manual_seed(0)))[name]
             return vpd.masked_forward(model, decomposition.U, decomposition.V, masks, ids)
 
         return logits_of
@@ -749,7 +749,8 @@ def clearness(ids: Tensor, fires: Tensor, vocabulary: int) -> tuple[float, str, 
     """How clearly one sees when a subcomponent fires: (score, by which token, that token's commonest values with their shares).
 
     For the token at the position, the one before and the one after: the share of positions where it fires, (N, T) bool, that have
-    one of the three commonest values there, less the share of these values in all text; the best of the three. 1 is the clearest.
+    one of the three commonest values there, less the share of these values in all text; the best of the three, times n / (n + 20)
+    for n positions, because chance makes few of them look alike. 1 is the clearest.
     """
     best = (-1.0, "", [])
     for name, shift in (("this token", 0), ("the token before", -1), ("the token after", 1)):
@@ -757,8 +758,9 @@ def clearness(ids: Tensor, fires: Tensor, vocabulary: int) -> tuple[float, str, 
         if where.any():
             share, base = (torch.bincount(x, minlength=vocabulary) / len(x) for x in (seen[where], seen.flatten()))
             top = share.topk(3).indices
-            score = (share[top] - base[top]).sum().item()
-            best = max(best, (score, name, [(i, share[i].item()) for i in top.tolist() if share[i] > 0]))
+            top = top[share[top] > 0]
+            score = (share[top] - base[top]).sum().item() * (n := int(where.sum())) / (n + 20)
+            best = max(best, (score, name, [(i, share[i].item()) for i in top.tolist()]))
     return best
 
 
@@ -800,11 +802,10 @@ def parts_of(run: Run) -> list[dict]:
 
 
 def clearest(parts: list[dict], number: int = 20, of_each: int = 3) -> list[dict]:
-    """The clearest parts that fire at least 20 times, at most `of_each` from one matrix."""
-    taken = collections.Counter()
-    chosen = []
+    """The first parts, at most `of_each` from one matrix."""
+    taken, chosen = collections.Counter(), []
     for part in parts:
-        if part["fires"] >= 20 and taken[part["matrix"]] < of_each and len(chosen) < number:
+        if taken[part["matrix"]] < of_each and len(chosen) < number:
             taken[part["matrix"]] += 1
             chosen.append(part)
     return chosen
@@ -848,7 +849,7 @@ code { background: #eee; padding: 0 2px; margin-right: 5px }
 <details><summary>How good is the decomposition?</summary><pre>@@TABLE@@</pre>@@PICTURES@@</details>
 <p>Each row is a <em>subcomponent</em>, a rank-one part of a weight matrix. It <em>fires</em> where its causal importance exceeds 0.1: there it cannot be
 ablated without changing the output. <em>Clearness</em>: of the positions where it fires, the share with one of the three commonest tokens there (this one,
-the one before or the one after), less the share of these tokens in all text. <em>Raises</em>: tokens whose logits its write direction raises most.
+the one before or the one after), less the share of these tokens in all text, and less if it fires rarely. <em>Raises</em>: tokens whose logits its write direction raises most.
 Click a row for examples: orange = causal importance, underline = activation (blue positive, red negative).</p>
 <p><input id="search" placeholder="search: a matrix (h.1.mlp), a part (h.1.attn.q:3) or a token" autofocus> <span id="count"></span></p>
 <table><thead><tr id="head"></tr></thead><tbody id="body"></tbody></table><p><button id="more">more</button></p>
@@ -1005,7 +1006,8 @@ def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
     def judged(importances):
         with torch.no_grad():
             ce = loss(vpd.masked_forward(model, decomposition.U, decomposition.V, importances, ids)).item()
-        attacked = vpd.attack(model, decomposition, importances, g, ids, loss)
+        shapes, movable = {path: x.shape for path, x in g.items()}, {path: x > 0 for path, x in g.items()}  # all others stay random
+        attacked = vpd.fresh_adversary(model, decomposition, [(ids, target, importances)], lambda _, output: loss(output), shapes, movable)
         return {"nodes": sum(int((x > 0).sum()) for x in importances.values()), "ce": ce, "attacked": attacked}
 
     def outcome(logits):  # the softmax does not see what all logits have in common

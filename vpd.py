@@ -31,6 +31,7 @@ components, experiment trackers, and any knowledge of which model is being decom
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -42,7 +43,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -829,23 +830,22 @@ def predict_importances(model: nn.Module, decomposition: Decomposition, batch: T
     return target, causal_importances(decomposition.G(inputs, decomposition.U, decomposition.V))
 
 
-def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> dict[str, dict[str, Tensor]]:
-    """The maskings under which a decomposition is judged, {name: {path: (..., C + 1)}}; Delta is excluded from all."""
-
-    def masks(f):  # of g without Delta's column, which stays 0
-        return {path: F.pad(f(x[..., :-1]), (0, 1)) for path, x in g.items()}
-
-    return {
-        "unmasked": masks(torch.ones_like),
-        "stochastic": masks(lambda x: x + (1 - x) * torch.rand(x.shape, generator=generator, device=x.device)),
-        "rounded_0": masks(lambda x: (x > 0).to(x)),
-        "rounded_0.1": masks(lambda x: (x > 0.1).to(x)),
-        "rounded_0.5": masks(lambda x: (x > 0.5).to(x)),
-        "importance": masks(lambda x: x),
-        "ablated": masks(torch.zeros_like),
+def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one; Delta is excluded from all."""
+    maskings = {
+        "unmasked": torch.ones_like,
+        "stochastic": lambda x: x + (1 - x) * torch.rand(x.shape, generator=generator, device=x.device),
+        "rounded_0": lambda x: (x > 0).to(x),
+        "rounded_0.1": lambda x: (x > 0.1).to(x),
+        "rounded_0.5": lambda x: (x > 0.5).to(x),
+        "importance": lambda x: x,
+        "ablated": torch.zeros_like,
     }
+    for name, f in maskings.items():
+        yield name, {path: F.pad(f(x[..., :-1]), (0, 1)) for path, x in g.items()}
 
 
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     decomposition: Decomposition,
@@ -861,61 +861,53 @@ def evaluate(
     adversary: the same under a fresh adversary. delta: the mean of Delta^2. With loss(batch, output) -> scalar, what the target
     was trained on: its own value, and how far each masking lies above it.
     """
-    U, V = decomposition.U, decomposition.V
+    U, V, n = decomposition.U, decomposition.V, len(batches)
     device = next(iter(U.values())).device
     generator = torch.Generator(device).manual_seed(seed)
     means = {path: torch.zeros(len(u), device=device) for path, u in U.items()}  # of g, (C,)
-    l0, divergences, losses, cases = dict.fromkeys(U, 0.0), {}, {}, []
+    l0, divergences, losses, cases = dict.fromkeys(U, 0.0), collections.Counter(), collections.Counter(), []
     for batch in batches:
         target, g = predict_importances(model, decomposition, batch)
         cases.append((batch, target, g))
         for path, x in g.items():
             x = x[..., :-1].flatten(0, -2)  # (positions, C)
-            means[path] += x.mean(0) / len(batches)
-            l0[path] += (x > 0).sum(-1).float().mean().item() / len(batches)
-        with torch.no_grad():
-            for name, masks in evaluation_masks(g, generator).items():
-                output = masked_forward(model, U, V, masks, batch)
-                divergences[name] = divergences.get(name, 0.0) + divergence(target, output).item() / len(batches)
-                if loss:
-                    losses[name] = losses.get(name, 0.0) + loss(batch, output).item() / len(batches)
-            if loss:
-                losses["target"] = losses.get("target", 0.0) + loss(batch, target).item() / len(batches)
-    matrices = {
-        path: {
-            "C": len(mean),
-            "alive": int((mean > ALIVE).sum()),
-            "l0": l0[path],
-            "l0_per_alive": l0[path] / max(1, int((mean > ALIVE).sum())),
-            "mean_importance": mean.tolist(),
-        }
-        for path, mean in means.items()
-    }
+            means[path] += x.mean(0) / n
+            l0[path] += (x > 0).sum(-1).float().mean().item() / n
+        for name, masks in evaluation_masks(g, generator):
+            output = masked_forward(model, U, V, masks, batch)
+            divergences[name] += divergence(target, output).item() / n
+            losses[name] += loss(batch, output).item() / n if loss else 0
+        losses["target"] += loss(batch, target).item() / n if loss else 0
+    matrices = {}
+    for path, mean in means.items():
+        alive = int((mean > ALIVE).sum())
+        matrices[path] = {"C": len(mean), "alive": alive, "l0": l0[path], "l0_per_alive": l0[path] / max(1, alive)}
+        matrices[path]["mean_importance"] = mean.tolist()
     total = {key: sum(matrix[key] for matrix in matrices.values()) for key in ("C", "alive", "l0")}
-    with torch.no_grad():
-        delta = delta_l2(model, U, V).item()
+    with torch.enable_grad():
+        adversary = fresh_adversary(model, decomposition, cases, divergence, {path: (len(u) + 1,) for path, u in U.items()}, seed=seed)
     return {
         "alive_threshold": ALIVE,
         "matrices": matrices,
         "total": {**total, "l0_per_alive": total["l0"] / max(1, total["alive"])},
-        "divergence": divergences,
+        "divergence": dict(divergences),
         **({"loss": {name: x - (name != "target") * losses["target"] for name, x in losses.items()}} if loss else {}),
-        "adversary": fresh_adversary(model, decomposition, cases, divergence, seed),
-        "delta": delta,
+        "adversary": adversary,
+        "delta": delta_l2(model, U, V).item(),
     }
 
 
-def fresh_adversary(model, decomposition, cases, divergence: Divergence, seed: int = 0) -> dict[str, float]:
-    """Evaluation by attack ([VPD] section 6): divergence after 20, 40 and 80 steps of sign ascent, {"20": ..., ...}.
+def fresh_adversary(model, decomposition, cases, divergence: Divergence, shapes: dict, movable=None, seed: int = 0) -> dict[str, float]:
+    """Attack ([VPD] section 6): divergence after 20, 40 and 80 steps of sign ascent from chance, {"20": ..., "40": ..., "80": ...}.
 
-    New sources, ONE per mask shared by all positions of all `cases` [(batch, target output, g), ...]: what it finds is a
-    systematic flaw, not the noise of single inputs. Delta included. Steps of 0.1, sources kept in [0, 1].
+    cases: [(batch, target output, g), ...], attacked together. shapes {path: ...} of the sources: (C + 1,) for ONE source per mask
+    shared by all positions of all cases, so that what is found is a systematic flaw and not the noise of single inputs; (..., C + 1)
+    for each position its own. movable: bools of these shapes, what the adversary may move (default: all, also Delta's).
     """
     U, V = detached(decomposition.U), detached(decomposition.V)
     device = next(iter(U.values())).device
-    generator = torch.Generator(device).manual_seed(seed)
-    sources = {path: torch.rand(u.shape[0] + 1, generator=generator, device=device).requires_grad_() for path, u in U.items()}
-    found = {}
+    generator, found = torch.Generator(device).manual_seed(seed), {}
+    sources = {path: torch.rand(shape, generator=generator, device=device).requires_grad_() for path, shape in shapes.items()}
     for step in range(81):
         total, gradients = 0.0, [torch.zeros_like(r) for r in sources.values()]
         for batch, target, g in cases:
@@ -924,8 +916,8 @@ def fresh_adversary(model, decomposition, cases, divergence: Divergence, seed: i
             total += loss.item()
         if step in (20, 40, 80):
             found[str(step)] = total
-        for r, gradient in zip(sources.values(), gradients):
-            r.data.add_(0.1 * gradient.sign()).clamp_(0, 1)
+        for (path, r), gradient in zip(sources.items(), gradients):
+            r.data.add_(0.1 * gradient.sign() * (movable[path] if movable else 1)).clamp_(0, 1)
     return found
 
 
@@ -1086,21 +1078,3 @@ def prune(
         if adversarial:
             ascend(ascent, list(gradients[len(z) :]))
     return {path: (lower_leaky(x) * active[path]).detach() for path, x in z.items()}
-
-
-def attack(model, decomposition: Decomposition, pruned: dict, g: dict, batch: Tensor, loss: Callable, seed: int = 0) -> dict[str, float]:
-    """loss(output) under a fresh adversary against pruned importances, after 20, 40 and 80 steps of sign ascent: {"20": ..., ...}.
-
-    It moves what `prune` may prune: a source for every subcomponent and position with g > 0, in steps of 0.1, from chance. All
-    other sources, Delta's among them, stay random.
-    """
-    U, V = detached(decomposition.U), detached(decomposition.V)
-    generator, found = torch.Generator(batch.device).manual_seed(seed), {}
-    r = {path: torch.rand(x.shape, generator=generator, device=x.device).requires_grad_() for path, x in g.items()}
-    for step in range(81):
-        value = loss(masked_forward(model, U, V, make_masks(pruned, r), batch))
-        if step in (20, 40, 80):
-            found[str(step)] = value.item()
-        for (path, x), gradient in zip(r.items(), torch.autograd.grad(value, list(r.values()))):
-            x.data = torch.where(g[path] > 0, (x + 0.1 * gradient.sign()).clamp(0, 1), x.data)
-    return found

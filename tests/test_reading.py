@@ -1,5 +1,8 @@
 """Reading a decomposition: attributions, graphs and pruning, against finite differences and planted circuits."""
 
+import json
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -195,3 +198,137 @@ def test_the_planted_previous_token_circuit_comes_out_on_top():
         values = [(t, c) for t, c in kept["h.0.attn.v"][0].nonzero().tolist()]
         assert values == [(4, 1)], values
         assert kept["h.0.attn.o"][0].nonzero().tolist() == [[5, 1]]
+
+
+# --- What train_gpt2.py reads off a finished run ---
+
+TEXT = "def first(self, x):\n    return '<b>' & x\n\n\nclass Name:\n\tdef second(self): return \"</script>\" \n" * 60
+KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a tiny model on TEXT."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(TEXT)
+    config = vpd.Config(steps=30, warmup_steps=50, lr=5e-3, G="transformer", G_width=32, G_blocks=1, G_heads=2)
+    preset = gpt.Preset(gpt.Shape(2, 16, 2, 16, 280), 4, 60, 1e-2, dict.fromkeys(KINDS, 6), config)
+    settings = {"preset": "laptop", "data": str(folder / "text.txt"), "init_from": "", "seed": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpt.PRESETS, "laptop", preset)
+        patch.setattr(gpt, "EVALUATED", 256)
+        opened = gpt.target_and_decomposition(settings, folder, "cpu")
+        gpt.evaluation(opened, settings)
+        yield opened
+
+
+def test_all_pairs_with_biases_and_delta_give_the_attention_scores():
+    model, decomposition, _, batch = small()
+    for layer in (0, 1):
+        parts = gpt.score_parts(model, decomposition, layer, batch)
+        _, inputs = vpd.forward_with_inputs(model, decomposition.U, batch)
+        attn = model.h[layer].attn
+        q, k = (matrix(inputs[f"h.{layer}.attn.{m}"][0]) for m, matrix in (("q", attn.q), ("k", attn.k)))
+        for h in range(2):
+            true = q[:, 4 * h : 4 * h + 4] @ k[:, 4 * h : 4 * h + 4].T / 2  # d = 4
+            total = parts["rest"][h].clone()
+            for c in range(6):
+                for other in range(6):
+                    total += parts["a_q"][:, c, None] * parts["static"][h, c, other] * parts["a_k"][:, other]
+            torch.testing.assert_close(total, true, rtol=1e-4, atol=1e-4)
+
+
+def test_an_edit_writes_the_tokens_direction_and_is_taken_back_even_after_an_error(run):
+    path, c, token = "h.1.mlp.down", 2, 7
+    module, U, V = run.model.get_submodule(path), run.decomposition.U[path][c], run.decomposition.V[path][:, c]
+    before, x = module.weight.clone(), torch.randn(64)
+    u = run.model.tokens.weight[token]
+    with torch.no_grad():
+        expected = module(x) - U * (V @ x) - 3 * U.norm() * u / u.norm() * (V @ x)
+        with pytest.raises(KeyboardInterrupt), gpt.edited(run, path, c, token, -3.0):
+            torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+            raise KeyboardInterrupt
+    assert torch.equal(module.weight, before)
+
+
+def test_the_effect_of_an_edit_is_measured_where_it_fires_near_and_elsewhere(run):
+    path, c, token = "h.1.attn.o", 1, 5
+    batch = gpt.validation_batches(run.ids, run.preset, "cpu")[0]
+    fires = torch.zeros_like(batch, dtype=torch.bool)
+    fires[1, 3] = fires[2, 15] = True
+    found = gpt.effect(run, path, c, token, 4.0, [batch], [fires], 1.0)
+    with torch.no_grad():
+        plain = run.model(batch).double().softmax(-1)
+        with gpt.edited(run, path, c, token, 4.0):
+            changed = run.model(batch).double().softmax(-1)
+    kl = (plain * (plain / changed).log()).sum(-1)
+    assert found["before"] == pytest.approx((plain[1, 3, token] + plain[2, 15, token]).item() / 2, rel=1e-4)
+    assert found["after"] == pytest.approx((changed[1, 3, token] + changed[2, 15, token]).item() / 2, rel=1e-4)
+    assert found["kl_near"] == pytest.approx(kl[1:3].mean().item(), rel=1e-3, abs=1e-7)  # 16 positions: all are within 20
+    assert found["kl_elsewhere"] == pytest.approx(kl[[0, 3]].mean().item(), rel=1e-3, abs=1e-7)
+
+
+def test_clearness_is_the_share_of_the_three_commonest_tokens_beyond_chance():
+    ids = torch.arange(100).repeat(4, 1)  # every token equally often
+    fires = torch.zeros(4, 100, dtype=torch.bool)
+    fires[:, [10, 11]] = True  # 8 times, on two tokens
+    score, by, tokens = gpt.clearness(ids, fires, 100)
+    assert score == pytest.approx((1 - 0.02) * 8 / 28)
+    assert by == "this token" and sorted(tokens) == [(10, 0.5), (11, 0.5)]
+    fires = torch.zeros(4, 100, dtype=torch.bool)
+    fires[torch.arange(4), [5, 20, 50, 80]] = True
+    ids = torch.randperm(400, generator=torch.Generator().manual_seed(0)).view(4, 100) % 100
+    ids[torch.arange(4), torch.tensor([5, 20, 50, 80]) - 1] = 42  # whatever the token, the one before is 42
+    assert gpt.clearness(ids, fires, 100)[1:] == ("the token before", [(42, 1.0)])
+
+
+def test_the_page_holds_every_part_that_fires_and_no_token_breaks_it(run):
+    text = gpt.report(run)
+    page = (run.folder / "report.html").read_text()
+    data = page.split('id="data">')[1].split("</script>")[0]  # up to the first closing tag: none may be inside
+    data = json.loads(data)
+    ids, g, a = gpt.observe(run)
+    expected = {(path, c) for path in g for c in range(6) if (g[path][..., c] > 0.1).any()}
+    assert {(part["matrix"], part["c"]) for part in data["parts"]} == expected
+    assert any("<" in token for token in data["vocabulary"]) and text
+    for part in data["parts"]:
+        fires = g[part["matrix"]][..., part["c"]] > 0.1
+        assert part["fires"] == fires.sum()
+        for tokens, importance, activation in part["examples"]:
+            assert len(tokens) == len(importance) == len(activation) and max(importance) >= 1
+            text = "".join(data["vocabulary"][i] for i in tokens)
+            assert text.isascii() and text in TEXT  # a real passage
+    assert len(page) < 10_000_000 and "http" not in page
+
+
+def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
+    text = gpt.circuits(run, ["def first(", "class"], None)
+    assert "importances alone" in text and (run.folder / "circuit_2.png").exists()
+    found = json.loads((run.folder / "circuit.json").read_text())
+    assert set(found["prunings"]) == {"not pruned", *gpt.PRUNINGS}
+    assert found["prunings"]["importances alone"]["nodes"] <= found["prunings"]["not pruned"]["nodes"]
+    graph = found["graph"]
+    assert graph["nodes"][-1]["matrix"] == "outcome" and graph["edges"]
+    active = [node for node in graph["nodes"] if "importance" in node]
+    assert len(active) == found["prunings"]["not pruned"]["nodes"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--circuit", "x" * 100], "the model takes 1 to 16"),
+        (["--circuit", ""], "has 0 tokens"),
+        (["--circuit", "def", "--token", "def first("], "is not one token but"),
+        (["--attention", "2"], "the model has layers 0 to 1"),
+        (["--edit", "h.1.mlp.dow:1", "--to", "x"], "the nearest that can be edited: h.1.mlp.down"),
+        (["--edit", "h.1.mlp.up:1", "--to", "x"], "does not write to the residual stream"),
+        (["--edit", "h.1.mlp.down:77", "--to", "x"], "is no alive subcomponent"),
+        (["--edit", "h.1.mlp.down:1"], "needs --to TOKEN"),
+        (["--report", "--out", "nowhere"], "holds no finished decomposition"),
+    ],
+)
+def test_bad_questions_end_in_one_line(run, arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--out", str(run.folder), *arguments])
+    with pytest.raises(SystemExit, match=message) as stopped:
+        gpt.main()
+    assert stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code

@@ -384,7 +384,10 @@ def test_the_fresh_adversary_beats_chance_and_never_the_worst_corner():
 
         corners = [loss(torch.tensor(corner)) for corner in itertools.product([0.0, 1.0], repeat=6)]
         cases = [(x[half], target[half], {"0": g["0"][half]}) for half in (slice(0, 16), slice(16, 32))]
-        attack = vpd.fresh_adversary(model, found, cases, vpd.mse, seed)
+        attack = vpd.fresh_adversary(model, found, cases, vpd.mse, {"0": (6,)}, seed=seed)
         assert attack.keys() == {"20", "40", "80"}
         assert attack["80"] <= max(corners) * (1 + 1e-5)
         assert attack["80"] > sorted(loss(torch.rand(6)) for _ in range(100))[90]  # better than nine in ten by chance
+        nothing = {"0": torch.zeros(32, 6, dtype=torch.bool)}  # what may not be moved stays as it was
+        still = vpd.fresh_adversary(model, found, [(x, target, g)], vpd.mse, {"0": (32, 6)}, nothing, seed)
+        assert still["20"] == still["80"] < attack["80"]
