@@ -785,23 +785,27 @@ def moved_tokens(run: Run, path: str, c: int, sign: float) -> list[int]:
     return (run.model.tokens.weight.detach() @ (run.model.norm.weight.detach() * (write - write.mean()))).topk(6).indices.tolist()
 
 
-def parts_of(run: Run) -> list[dict]:
-    """All subcomponents that fire on the evaluation set, with what a person needs to judge them, the clearest first."""
-    ids, g, a = observe(run)
+def parts_of(run: Run, ids: Tensor, g: dict[str, Tensor], a: dict[str, Tensor]) -> list[dict]:
+    """All subcomponents that fire on what was observed, with what a person needs to judge them, the clearest first.
+
+    contrast: the mean size of the activation where it fires over its root mean square elsewhere.
+    """
     generator, parts = torch.Generator().manual_seed(0), []
     for path in g:
         for c in (g[path].amax((0, 1)) > FIRES).nonzero()[:, 0].tolist():
             fires = g[path][..., c] > FIRES
+            importance, activation = g[path][..., c].float(), a[path][..., c].float()  # (N, T)
             score, by, tokens = clearness(ids, fires, run.preset.shape.vocabulary)
             part = {"matrix": path, "c": c, "fires": int(fires.sum()), "density": fires.float().mean().item()}
-            part |= {"importance": g[path][..., c][fires].float().mean().item(), "clearness": score, "by": by, "tokens": tokens}
-            part["moves"] = moved_tokens(run, path, c, a[path][..., c][fires].float().mean().sign().item())
-            part["examples"] = examples(ids, g[path][..., c].float(), a[path][..., c].float(), fires, generator)
+            part |= {"importance": importance[fires].mean().item(), "clearness": score, "by": by, "tokens": tokens}
+            part["contrast"] = (activation[fires].abs().mean() / activation[~fires].square().mean().sqrt()).item()
+            part["moves"] = moved_tokens(run, path, c, activation[fires].mean().sign().item())
+            part["examples"] = examples(ids, importance, activation, fires, generator)
             parts.append(part)
     return sorted(parts, key=lambda part: -part["clearness"])
 
 
-def clearest(parts: list[dict], number: int = 20, of_each: int = 3) -> list[dict]:
+def clearest(parts: list[dict], number: int = 20, of_each: int = 2) -> list[dict]:
     """The first parts, at most `of_each` from one matrix."""
     taken, chosen = collections.Counter(), []
     for part in parts:
@@ -816,9 +820,16 @@ def shown(run: Run, token: int) -> str:
     return repr(run.tokenizer.decode([token])) if run.tokenizer else str(token)
 
 
+def described(run: Run, part: dict) -> str:
+    """A part in a line: where it fires, and which tokens it raises."""
+    tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
+    moves = "; raises " + " ".join(shown(run, token) for token in part["moves"][:4]) if part["moves"] else ""
+    return f"{part['matrix'] + ':' + str(part['c']):18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{moves}"
+
+
 def report(run: Run) -> str:
     """Write report.html, and return the clearest parts as text for the terminal."""
-    parts = parts_of(run)
+    parts = parts_of(run, *observe(run))
     vocabulary = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in range(run.preset.shape.vocabulary)]
     metrics = json.loads((run.folder / "metrics.json").read_text())
     pictures = [base64.b64encode((run.folder / name).read_bytes()).decode() for name in ("masking.png", "spectrum.png", "losses.png")]
@@ -827,13 +838,7 @@ def report(run: Run) -> str:
     page = page.replace("@@PICTURES@@", "".join(f'<img src="data:image/png;base64,{picture}">' for picture in pictures)).replace("@@DATA@@", data)
     with vpd.replacing(run.folder / "report.html") as file:
         file.write(page.encode())
-    lines = []
-    for part in clearest(parts):
-        tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
-        moves = "; raises " + " ".join(shown(run, token) for token in part["moves"][:4]) if part["moves"] else ""
-        name = f"{part['matrix']}:{part['c']}"
-        lines.append(f"{name:18s} clearness {part['clearness']:.2f}, fires {part['fires']:5d} times; {part['by']}: {tokens}{moves}")
-    return "\n".join(lines)
+    return "\n".join(f"clearness {part['clearness']:.2f}  {described(run, part)}" for part in clearest(parts))
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>The parts of a language model</title>
@@ -1234,21 +1239,12 @@ def edit(run: Run, name: str, token_text: str, alpha: float) -> str:
 
 
 def proposals(run: Run) -> str:
-    """Five subcomponents that look most editable: with a far larger activation where they fire than elsewhere, and clear."""
-    _, g, a = observe(run)
-    found = []
-    for part in parts_of(run):
-        if part["moves"] and 20 <= part["fires"]:
-            activation, fires = a[part["matrix"]][..., part["c"]].float(), g[part["matrix"]][..., part["c"]] > FIRES
-            part["contrast"] = activation[fires].abs().mean().item() / activation[~fires].square().mean().sqrt().item()
-            found.append(part)
+    """Five subcomponents that look most editable: far more active where they fire than elsewhere, and clear."""
+    parts = [part for part in parts_of(run, *observe(run)) if part["moves"] and part["fires"] >= 20]
     lines = ["clear, and active where they fire far more than elsewhere (contrast: mean activation there over root mean square elsewhere),"]
     lines += ["so that an edit changes what happens there and leaves other text alone:"]
-    for part in sorted(found, key=lambda part: -part["contrast"] * max(0, part["clearness"]))[:5]:
-        tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
-        moves = " ".join(shown(run, token) for token in part["moves"][:4])
-        name = f"{part['matrix']}:{part['c']}"
-        lines.append(f"{name:18s} contrast {part['contrast']:.1f}, fires {part['fires']:4d} times; {part['by']}: {tokens}; raises {moves}")
+    for part in sorted(parts, key=lambda part: -part["contrast"] * max(0, part["clearness"]))[:5]:
+        lines.append(f"contrast {part['contrast']:4.1f}  {described(run, part)}")
     return "\n".join(lines)
 
 
