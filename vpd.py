@@ -326,9 +326,9 @@ def route(masks: dict[str, Tensor], generator: torch.Generator) -> dict[str, Ten
     (do errors add up?) and one at a time (is each one right by itself?).
     """
     L, some = len(masks), next(iter(masks.values()))
-    rank = torch.rand(*some.shape[:-1], L, generator=generator, device=some.device).argsort(-1)  # (..., L), a random order
+    order = torch.rand(*some.shape[:-1], L, generator=generator, device=some.device).argsort(-1)  # (..., L), at random
     k = torch.randint(1, L + 1, (*some.shape[:-1], 1), generator=generator, device=some.device)  # (..., 1)
-    return {path: torch.where((rank < k)[..., l, None], m, 1.0) for l, (path, m) in enumerate(masks.items())}
+    return {path: torch.where((order < k)[..., l, None], m, 1.0) for l, (path, m) in enumerate(masks.items())}
 
 
 def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Divergence, generator) -> Tensor:
@@ -350,7 +350,7 @@ def importance_sums(z: dict[str, Tensor], p: float) -> tuple[Tensor, int]:
 
     S is a sum over the GLOBAL batch: add the S (and the numbers) of the parts of a split batch before taking the losses.
     """
-    # upper-leaky here, lower-leaky in the masks: each passes gradient where the other loss has none to give
+    # upper-leaky here, lower-leaky in the masks: above 1 only these losses push (down), below 0 only reconstruction does (up)
     g = torch.cat([upper_leaky(score.float()).flatten(0, -2) for score in z.values()], -1)  # (positions, sum C)
     return (g + 1e-12).pow(p).sum(0), len(g)  # 1e-12: for p < 1 the slope at g = 0 is infinite
 
@@ -710,6 +710,7 @@ def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Conf
         try:
             found = json.loads(path.read_text())
             differences = [k for part in ("config", "C") for k in run[part] | found[part] if run[part].get(k) != found[part].get(k)]
+            differences += ["order of the matrices"] if list(C) != list(found["C"]) else []
             differences += [name for key, name in (("target", "target model"), ("processes", "number of processes")) if found[key] != run[key]]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{path} cannot be read: choose another folder, or delete {folder}") from None
@@ -740,27 +741,17 @@ def save_checkpoint(folder: Path, training: Training) -> None:
     Of several processes, each but the first writes its own part to a file named by the step, before checkpoint.pt is replaced,
     and deletes the one before, after it: at any moment checkpoint.pt finds the files of its step.
     """
-    own = {
-        "sources": training.sources,
-        "ascent": training.ascent.state_dict(),
-        "data": training.data.get_state(),
-        "noise": training.noise.get_state(),
-    }
+    own = {"sources": training.sources, "ascent": training.ascent.state_dict()}
+    own |= {"data": training.data.get_state(), "noise": training.noise.get_state()}
     mine, log = own_checkpoint(folder, training.step), folder / "log.jsonl"
     if rank() > 0:
         with replacing(mine) as file:
             torch.save(own, file)
     barrier()
     if rank() == 0:
-        shared = {
-            "U": training.decomposition.U,
-            "V": training.decomposition.V,
-            "G": training.decomposition.G.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-            "step": training.step,
-            "seconds": training.seconds,
-            "log_bytes": log.stat().st_size if log.exists() else 0,
-        }
+        found, log_bytes = training.decomposition, log.stat().st_size if log.exists() else 0
+        shared = {"U": found.U, "V": found.V, "G": found.G.state_dict(), "optimizer": training.optimizer.state_dict()}
+        shared |= {"step": training.step, "seconds": training.seconds, "log_bytes": log_bytes}
         with replacing(folder / "checkpoint.pt") as file:
             torch.save(shared | own, file)
     barrier()
@@ -780,15 +771,11 @@ def load_checkpoint(folder: Path, training: Training) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if rank() > 0:
             state |= torch.load(own_checkpoint(folder, state["step"]), map_location="cpu", weights_only=True)
-        for mine, saved in (
-            (training.decomposition.U, state["U"]),
-            (training.decomposition.V, state["V"]),
-            (training.sources, state["sources"]),
-        ):
-            if {k: x.shape for k, x in mine.items()} != {k: x.shape for k, x in saved.items()}:
+        for name, mine in (("U", training.decomposition.U), ("V", training.decomposition.V), ("sources", training.sources)):
+            if {k: x.shape for k, x in mine.items()} != {k: x.shape for k, x in state[name].items()}:
                 raise ValueError("matrices or shapes differ")
             for key, x in mine.items():
-                x.data.copy_(saved[key])
+                x.data.copy_(state[name][key])
         training.decomposition.G.load_state_dict(state["G"])
         training.optimizer.load_state_dict(state["optimizer"])
         training.ascent.load_state_dict(state["ascent"])
@@ -831,7 +818,10 @@ def predict_importances(model: nn.Module, decomposition: Decomposition, batch: T
 
 
 def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one; Delta is excluded from all."""
+    """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one.
+
+    Delta's mask is 0 in all, also in "unmasked": what is judged are the subcomponents alone. No routing.
+    """
     maskings = {
         "unmasked": torch.ones_like,
         "stochastic": lambda x: x + (1 - x) * torch.rand(x.shape, generator=generator, device=x.device),
@@ -847,19 +837,14 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    decomposition: Decomposition,
-    batches: list[Tensor],
-    divergence: Divergence,
-    seed: int = 0,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    model: nn.Module, decomposition: Decomposition, batches: list[Tensor], divergence: Divergence, seed=0, loss: Callable | None = None
 ) -> dict:
     """All figures that every decomposition reports, as a dict for JSON; batches: the evaluation set, on the model's device.
 
-    matrices, total: C; alive = subcomponents whose mean causal importance exceeds ALIVE; l0 = mean number with g > 0 per
-    position; mean_importance of every subcomponent (sorted, it is the spectrum). divergence: from the target under each masking.
-    adversary: the same under a fresh adversary. delta: the mean of Delta^2. With loss(batch, output) -> scalar, what the target
-    was trained on: its own value, and how far each masking lies above it.
+    "matrices", of each, and "total": "C"; "alive", how many subcomponents have a mean causal importance above ALIVE; "l0", how many
+    have g > 0 at a position, on average; of each matrix also "mean_importance" (sorted, it is the spectrum). "divergence" from the
+    target, by masking. "adversary": the same under a fresh one. "delta": the mean of Delta^2. With loss(batch, output) -> scalar,
+    what the target was trained on, "loss": that of the target, and how far each masking lies above it.
     """
     U, V, n = decomposition.U, decomposition.V, len(batches)
     device = next(iter(U.values())).device
@@ -958,11 +943,12 @@ def draw_losses(log: Path, file: Path) -> None:
 
 
 def cut_forward(model, decomposition: Decomposition, masks: dict, batch: Tensor, embeddings=()) -> tuple[Tensor, dict, dict]:
-    """A masked forward pass in which nothing flows through a decomposed matrix, or through an embedding, to what is below it.
+    """A masked forward pass in which the output of every decomposed matrix and embedding, its *write*, is cut off from its input.
 
-    embeddings: paths of modules that are no decomposed matrices, but whose outputs are sources too.
-    Returns the output; the subcomponent activations a_c = ||U_c|| V_c^T x, {path: (..., C)}, which depend on what other
-    matrices write only by direct ways; and these writes, {path: (..., d_out)}, in the order in which they run.
+    So the gradient of anything later with respect to a write is its direct effect, not one through further decomposed matrices.
+    embeddings: paths of modules that are no decomposed matrices, but whose outputs are writes too.
+    Returns the output; the subcomponent activations a_c = ||U_c|| V_c^T x, {path: (..., C)}; and the writes, leaves of the graph
+    of gradients, {path: (..., d_out)}, in the order in which they run.
     """
     U, V = detached(decomposition.U), detached(decomposition.V)
     activations, writes = {}, {}
@@ -988,8 +974,10 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
     (d value / d a_c) a_c m_c; the last column is of the matrix's bias and Delta. For an embedding: (..., 1). Linearised at this
     input: where value depends linearly on what is written, all of them add up to it.
     """
-    gradients = torch.autograd.grad(value, list(writes.values()), retain_graph=True, allow_unused=True)
     found = {}
+    if not value.requires_grad:  # of the first matrix: nothing writes to what it reads
+        return found
+    gradients = torch.autograd.grad(value, list(writes.values()), retain_graph=True, allow_unused=True)
     for (path, write), gradient in zip(writes.items(), gradients):
         if gradient is None:
             continue  # it runs after what value depends on
@@ -1012,11 +1000,7 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
     output, activations, writes = cut_forward(model, decomposition, g, batch, embeddings)
     nodes, number, values = [], {}, []
     for path, write in writes.items():
-        if path in g:
-            places = [(t, c) for t, c in g[path][0, :, :-1].nonzero().tolist()]
-        else:
-            places = [(t, 0) for t in range(write.shape[-2])]
-        for t, c in places:
+        for t, c in g[path][0, :, :-1].nonzero().tolist() if path in g else [(t, 0) for t in range(write.shape[-2])]:
             number[path, t, c] = len(nodes)
             values.append(activations[path][0, t, c] if path in g else None)
             known = {"importance": g[path][0, t, c].item(), "activation": values[-1].item()} if path in g else {}
@@ -1027,39 +1011,33 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
         if value is None:
             continue  # an embedding: nothing goes into it
         found = attributions(value, decomposition, g, activations, writes)
-        total = sum(x.abs().sum() for x in found.values()).clamp(min=1e-30)
+        total = max(1e-30, sum(x.abs().sum().item() for x in found.values()))
         for path, x in found.items():
             x = x.reshape(-1, x.shape[-1])  # (T, C + 1), or (T, 1)
             for t, c in (x.abs() >= max(share, 1e-9) * total).nonzero().tolist():
                 if (source := number.get((path, t, c))) is not None:
-                    edges.append({"source": source, "target": target, "attribution": x[t, c].item(), "share": (x[t, c].abs() / total).item()})
+                    edges.append({"source": source, "target": target, "attribution": x[t, c].item(), "share": x[t, c].abs().item() / total})
     return {"nodes": nodes, "edges": edges}
 
 
 def prune(
-    model,
-    decomposition: Decomposition,
-    g: dict[str, Tensor],
-    batch: Tensor,
-    loss: Callable[[Tensor], Tensor],
-    price: float,
-    stochastic: bool = True,
-    adversarial: bool = True,
-    steps: int = 300,
-    seed: int = 0,
+    model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, price: float, stochastic=True, adversarial=True, steps=300, seed=0
 ) -> dict[str, Tensor]:
-    """Which of the subcomponents that are active on `batch` does one behaviour need? Their causal importances for it, like g.
+    """Which of the subcomponents that are active on `batch` does one behaviour need? New causal importances, of the shape of g.
 
-    From g on, and only where g > 0, they are trained to keep loss(output) low at a price per node: with all other masks random
-    and those of active nodes random (stochastic), or set by an adversary (adversarial), or both; with neither, the
-    importances themselves are the masks and all else is 0. AdamW on raw scores, lr 0.05, short warm-up and cosine.
+    They start at g and stay 0 where g is; where g > 0 (a node) they are trained to keep loss(output), a scalar, low, at `price` nats
+    or the like for each node that is kept. Masks while training: m = g + (1 - g) r as ever, with the sources r of nodes random
+    (stochastic) or an adversary's (adversarial), the mean of both losses if both; all other sources are random. With neither,
+    the importances themselves are the masks, and all else is 0. AdamW on raw scores, lr 0.05, short warm-up and cosine.
     """
     U, V = detached(decomposition.U), detached(decomposition.V)
     active = {path: x > 0 for path, x in g.items()}
     generator, device = torch.Generator(batch.device).manual_seed(seed), batch.device
     z = {path: x.clone().requires_grad_() for path, x in g.items()}
     optimizer = torch.optim.AdamW(z.values(), lr=0.05, weight_decay=0)
-    sources, ascent = start_adversary({path: x.shape for path, x in g.items()}, device, Config(adversary_lr=0.1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sources, ascent = start_adversary({path: x.shape for path, x in g.items()}, device, Config(adversary_lr=0.1))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
         pruned = {path: lower_leaky(x) * active[path] for path, x in z.items()}

@@ -143,6 +143,13 @@ def test_on_a_linear_model_attributions_add_up_to_the_activation():
     assert sum(x.sum() for x in found.values()).item() == pytest.approx(value.item(), rel=1e-9)
 
 
+def test_without_embeddings_the_first_matrix_has_no_sources_and_the_graph_is_still_made():
+    model, decomposition, g, batch = small()
+    graph = vpd.attribution_graph(model, decomposition, g, batch, lambda logits: logits[0, -1, 3])
+    into = {graph["nodes"][edge["target"]]["matrix"] for edge in graph["edges"]}
+    assert "h.0.attn.q" not in into and {"h.0.attn.o", "h.1.mlp.down", "outcome"} <= into
+
+
 def previous_token_model():
     """One attention layer that predicts, at every position, the token before: planted, with one subcomponent per mechanism.
 

@@ -183,6 +183,8 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     decompose_net(tmp_path, small)
     with pytest.raises(vpd.BadInput, match=r"holds another run \(it differs in: lr\)"):
         decompose_net(tmp_path, dataclasses.replace(small, lr=1.0))
+    with pytest.raises(vpd.BadInput, match=r"differs in: order of the matrices\)"):
+        decompose_net(tmp_path, small, sizes=dict(reversed(C.items())))  # G's scores and the optimizer go by the order
     with pytest.raises(vpd.BadInput, match=r"differs in: last\)"):
         decompose_net(tmp_path, small, sizes={**C, "last": 9})
     other = net()
