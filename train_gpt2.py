@@ -348,7 +348,7 @@ PRESETS = {
         target_lr=3e-3,
         C={"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
         config=vpd.Config(
-            steps=5000, lr=7e-3, lr_final=0.1, clip_UV=0.1, importance=7.5e-4, frequency=4e-4, delta=1e6, p_end=0.4, G="transformer"
+            steps=5000, lr=7e-3, lr_final=0.1, clip_UV=0.1, importance=6.5e-4, frequency=3.5e-4, delta=1e6, p_end=0.4, G="transformer"
         ),
     ),
     # About an hour on one GPU of the H100 class, by its operations; not measured.
