@@ -172,8 +172,8 @@ def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if sys.stderr.isatty() and step % 100 == 99:
-            print(f"\rtarget model: step {step + 1}/{steps}  loss {loss.item():.2g}\033[K", end="", file=sys.stderr, flush=True)
+        if step % 100 == 99:
+            vpd.progress(f"target model: step {step + 1}/{steps}  loss {loss.item():.2g}", False, False)
     if not toy.layers:
         with torch.no_grad():
             model.WT.weight.copy_(model.W.weight.T)

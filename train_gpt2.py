@@ -454,10 +454,8 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
             record["curve"].append((step, validation_loss(model, validation)))
             left = record["seconds"] / step * (steps - step)
             line = f"target: step {step}/{steps}  validation loss {record['curve'][-1][1]:.3f}  {left:.0f} s left"
-            if vpd.rank() == 0 and sys.stderr.isatty():
-                print(f"\r{line}\033[K", end="\n" if step == steps else "", file=sys.stderr, flush=True)
-            elif vpd.rank() == 0 and (step == steps or step % (steps // 5) == 0):
-                print(line, file=sys.stderr, flush=True)
+            if vpd.rank() == 0:
+                vpd.progress(line, step == steps, step == steps or step % (steps // 5) == 0)
         if vpd.rank() == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             with vpd.replacing(unfinished) as file:
@@ -576,7 +574,7 @@ def draw_masking(metrics: dict, file: Path) -> None:
     left.barh(names[::-1], [metrics["kl"][name] for name in names[::-1]])
     left.set(xlabel="KL from the target (nats per position)", title=f"by masking (all ablated: {metrics['kl']['ablated']:.2g})")
     right.plot([int(steps) for steps in metrics["adversary"]], list(metrics["adversary"].values()), marker="o")
-    right.set(xlabel="steps of the fresh adversary", ylabel="KL from the target", title="under attack", ylim=(0, None))
+    right.set(xlabel="steps of the fresh adversary", ylabel="KL from the target", title="under attack", ylim=(0, 1.2 * max(metrics["adversary"].values())))
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

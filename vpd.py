@@ -790,16 +790,21 @@ def load_checkpoint(folder: Path, training: Training) -> None:
         os.truncate(folder / "log.jsonl", log_bytes)  # steps after the checkpoint will be logged again
 
 
+def progress(line: str, last: bool, milestone: bool) -> None:
+    """Show a line of progress on the terminal, over the one before; in a file or a pipe only the milestones, a line each."""
+    if sys.stderr.isatty():
+        print(f"\r{line}\033[K", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif milestone:
+        print(line, file=sys.stderr, flush=True)
+
+
 def report(values: dict[str, float], training: Training, config: Config, seconds_per_step: float, folder: Path | None) -> None:
     """One line of progress, with the time left, on the terminal; the same numbers, in full, appended to log.jsonl."""
     left = (config.steps - training.step) * seconds_per_step
     numbers = "  ".join(f"{name} {value:.2g}" for name, value in values.items() if not name.startswith("gradient"))
     line = f"step {training.step}/{config.steps}  {numbers}  {1 / seconds_per_step:.0f} steps/s  {left:.0f} s left"
     last = training.step == config.steps
-    if sys.stderr.isatty():
-        print(f"\r{line}\033[K", end="\n" if last else "", file=sys.stderr, flush=True)
-    elif last or training.step % (20 * max(1, config.steps // 200)) == 0:  # a file or a pipe: ten lines are enough
-        print(line, file=sys.stderr, flush=True)
+    progress(line, last, last or training.step % (20 * max(1, config.steps // 200)) == 0)
     if folder:
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps({"step": training.step, "seconds": training.seconds, **values}) + "\n")
@@ -893,6 +898,7 @@ def fresh_adversary(model, decomposition, cases, divergence: Divergence, shapes:
     device = next(iter(U.values())).device
     generator, found = torch.Generator(device).manual_seed(seed), {}
     sources = {path: torch.rand(shape, generator=generator, device=device).requires_grad_() for path, shape in shapes.items()}
+    began = time.monotonic()
     for step in range(81):
         total, gradients = 0.0, [torch.zeros_like(r) for r in sources.values()]
         for batch, target, g in cases:
@@ -901,6 +907,9 @@ def fresh_adversary(model, decomposition, cases, divergence: Divergence, shapes:
             total += loss.item()
         if step in (20, 40, 80):
             found[str(step)] = total
+        if (spent := time.monotonic() - began) > 5:
+            left = spent / (step + 1) * (80 - step)
+            progress(f"fresh adversary: step {step}/80  divergence {total:.2g}  {left:.0f} s left", step == 80, step == 20)
         for (path, r), gradient in zip(sources.items(), gradients):
             r.data.add_(0.1 * gradient.sign() * (movable[path] if movable else 1)).clamp_(0, 1)
     return found
@@ -910,14 +919,14 @@ def draw_spectrum(metrics: dict, file: Path) -> None:
     """The spectrum: all mean causal importances, sorted, per matrix. A cliff separates the alive from the dead."""
     import matplotlib.pyplot as plt  # here, so that the method itself runs without it
 
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for number, (path, matrix) in enumerate(metrics["matrices"].items()):
         mean = sorted(matrix["mean_importance"], reverse=True)
         label = f"{path}: {matrix['alive']} alive of {matrix['C']}"
         axis.plot(range(1, len(mean) + 1), [max(x, 1e-8) for x in mean], marker=".", linestyle=("-", "--", ":")[number % 3], label=label)
     axis.axhline(ALIVE, color="gray", linewidth=1, label=f"alive above {ALIVE:g}")
     axis.set(yscale="log", xlabel="subcomponent, sorted", ylabel="mean causal importance (at least 1e-8)", title="Spectrum")
-    axis.legend(fontsize=8, ncols=1 + len(metrics["matrices"]) // 8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
