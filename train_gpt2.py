@@ -14,7 +14,7 @@
 
 Three stages, each with its product in the run folder: the target model (target.pt), its decomposition (decomposition/), and the
 evaluation (metrics.json, pictures). From top to bottom: the model, the tokenizer, the data, training the target, the evaluation,
-the command.
+a run; then what a person reads off a finished run: the page of all parts, circuits, attention, an edit; and the command.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import functools
 import heapq
 import html
 import json
@@ -41,6 +42,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+plt.rcParams["text.parse_math"] = False  # a dollar in a token is a dollar
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -150,7 +153,9 @@ def load_gpt2(file: Path) -> GPT:
             raise BadInput(f"{file} lacks the matrix {name}: it is not a GPT-2 checkpoint")
     vocabulary, width = found["wte.weight"].shape
     layers = 1 + max((int(match[1]) for name in found if (match := re.match(r"h\.(\d+)\.", name))), default=-1)
-    heads = max(1, width // 64)  # so in every published size
+    if width % 64:
+        raise BadInput(f"{file} is of width {width}: only GPT-2s with heads of 64, as in all published sizes, can be read")
+    heads = width // 64
     model = GPT(Shape(layers, width, heads, len(found["wpe.weight"]), vocabulary))
 
     def take(name: str, *shape: int) -> Tensor:
@@ -251,7 +256,7 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """The text of token ids; bytes that are not UTF-8 (a character cut in two) become the replacement character."""
-        return b"".join(self.bytes[i] for i in ids).decode(errors="replace")
+        return b"".join(self.bytes[i] for i in ids if i < len(self.bytes)).decode(errors="replace")  # a small text has fewer tokens
 
 
 def merge(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
@@ -304,21 +309,22 @@ def read_bin(file: Path, vocabulary: int) -> np.ndarray:
     return ids
 
 
-def windows(ids: np.ndarray, T: int, validation: bool) -> tuple[np.ndarray, int]:
+@functools.lru_cache
+def windows(tokens: int, T: int, validation: bool) -> tuple[np.ndarray, int]:
     """Where windows of T tokens may be cut: the starts of the training or the validation stretches, and the offsets in each.
 
     Raises BadInput if the corpus is too short to have both.
     """
-    stretch = min(STRETCH, len(ids) // 10)
+    stretch = min(STRETCH, tokens // 10)
     if stretch < T:
-        raise BadInput(f"the corpus has {len(ids)} tokens; with windows of {T} it must have at least {10 * T}: give a longer one")
-    starts = np.arange(0, len(ids) - stretch + 1, stretch)
+        raise BadInput(f"the corpus has {tokens} tokens; with windows of {T} it must have at least {10 * T}: give a longer one")
+    starts = np.arange(0, tokens - stretch + 1, stretch)
     return starts[(np.arange(len(starts)) % 10 == 9) == validation], stretch - T + 1
 
 
 def sample(ids: np.ndarray, T: int, B: int, validation: bool, generator: torch.Generator) -> Tensor:
     """(B, T) token ids, windows that lie wholly in training or in validation stretches."""
-    starts, offsets = windows(ids, T, validation)
+    starts, offsets = windows(len(ids), T, validation)
     at = starts[torch.randint(len(starts), (B,), generator=generator).numpy()] + torch.randint(offsets, (B,), generator=generator).numpy()
     return torch.from_numpy(np.stack([ids[i : i + T] for i in at]).astype(np.int64))
 
@@ -539,11 +545,10 @@ def continuations(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, 
 
 def side_by_side(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, tokenizer: Tokenizer) -> str:
     """The prompt (1, T), and under it how the target and each masking go on."""
-    start = tokenizer.decode(prompt[0].tolist())
-    shown = [f"--- the prompt\n{start}"]
+    lines = [f"--- the prompt\n{tokenizer.decode(prompt[0].tolist())}"]
     for name, ids in continuations(model, decomposition, prompt, 60).items():
-        shown.append(f"--- {name}\n{tokenizer.decode(ids)[len(start) :]}")
-    return "\n".join(shown)
+        lines.append(f"--- {name}\n{tokenizer.decode(ids[prompt.shape[1] :])}")
+    return "\n".join(lines)
 
 
 def measure(model: GPT, decomposition: vpd.Decomposition, batches: list[Tensor], curve: list, tokenizer: Tokenizer | None, seed: int) -> dict:
@@ -614,7 +619,7 @@ def corpus(data: str, preset: Preset, folder: Path) -> tuple[np.ndarray, Tokeniz
     """
     if data.endswith(".bin"):
         ids = read_bin(Path(data), preset.shape.vocabulary)
-        windows(ids, preset.shape.context, True)  # is it long enough?
+        windows(len(ids), preset.shape.context, True)  # is it long enough?
         return ids, None
     merges, tokens = folder / "tokenizer.json", folder / "tokens.npy"
     if merges.exists() and tokens.exists():
@@ -625,7 +630,7 @@ def corpus(data: str, preset: Preset, folder: Path) -> tuple[np.ndarray, Tokeniz
     print("learning the tokens", file=sys.stderr, flush=True)
     tokenizer = Tokenizer.learn(text, preset.shape.vocabulary)
     ids = tokenizer.encode(text)
-    windows(ids, preset.shape.context, True)
+    windows(len(ids), preset.shape.context, True)
     folder.mkdir(parents=True, exist_ok=True)
     with vpd.replacing(tokens) as file:
         np.save(file, ids)
@@ -666,8 +671,9 @@ def target_and_decomposition(settings: dict, folder: Path, device: str) -> Run:
     with vpd.rank_0_first():
         ids, tokenizer = corpus(data, preset, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with vpd.replacing(folder / "settings.json") as file:
-            file.write(json.dumps(settings).encode())
+        if not (folder / "settings.json").exists():
+            with vpd.replacing(folder / "settings.json") as file:
+                file.write(json.dumps(settings).encode())
     model.to(device)
     C = {f"h.{i}.{kind}": number for i in range(model.shape.layers) for kind, number in preset.C.items()}
     finished = (folder / "metrics.json").exists()
@@ -689,7 +695,10 @@ def target_and_decomposition(settings: dict, folder: Path, device: str) -> Run:
     def get_batch(generator):
         return sample(ids, shape.context, preset.batch // vpd.processes(), False, generator)
 
-    decomposition = vpd.decompose(model, C, get_batch, vpd.kl, preset.config, folder / "decomposition", CHECKPOINT_SECONDS)
+    if finished:  # whatever the number of processes that made it
+        decomposition = vpd.load_decomposition(folder / "decomposition", preset.config, device)
+    else:
+        decomposition = vpd.decompose(model, C, get_batch, vpd.kl, preset.config, folder / "decomposition", CHECKPOINT_SECONDS)
     return Run(folder, preset, model, ids, tokenizer, record, C, decomposition, device)
 
 
@@ -707,8 +716,6 @@ def evaluation(run: Run, settings: dict) -> dict:
         "operations_per_second": positions * operations(run.model, run.C, config) / seconds,
         "matrix_rate": vpd.processes() * matrix_rate(run.device, config.bf16),  # the same devices on one large matrix product
     }
-    with vpd.replacing(run.folder / "metrics.json") as file:
-        file.write(json.dumps(metrics, indent=1).encode())
     vpd.draw_spectrum(metrics, run.folder / "spectrum.png")
     vpd.draw_losses(log, run.folder / "losses.png")
     draw_masking(metrics, run.folder / "masking.png")
@@ -716,6 +723,8 @@ def evaluation(run: Run, settings: dict) -> dict:
         text = side_by_side(run.model, run.decomposition, batches[0][:1, : run.preset.shape.context // 2], run.tokenizer)
         (run.folder / "continuations.txt").write_text(text, encoding="utf-8")
         print(text)
+    with vpd.replacing(run.folder / "metrics.json") as file:  # last: it says that the run is finished
+        file.write(json.dumps(metrics, indent=1).encode())
     return metrics
 
 
@@ -772,6 +781,15 @@ def examples(ids: Tensor, g: Tensor, a: Tensor, fires: Tensor, generator: torch.
     return found
 
 
+def readout(model: GPT) -> Tensor:
+    """What a direction in the residual stream adds to each logit, (vocabulary, width): the unembedding behind the last norm.
+
+    Without the norm's division by the length of the stream, which depends on the input.
+    """
+    E = model.tokens.weight.detach() * model.norm.weight.detach()
+    return E - E.mean(1, keepdim=True)  # the norm takes off the mean
+
+
 def moved_tokens(run: Run, path: str, c: int, sign: float) -> list[int]:
     """The tokens whose logits a subcomponent raises most where it fires: its write direction through the unembedding.
 
@@ -779,8 +797,7 @@ def moved_tokens(run: Run, path: str, c: int, sign: float) -> list[int]:
     """
     if not path.endswith(("attn.o", "mlp.down")):
         return []
-    write = run.decomposition.U[path][c].detach() * sign
-    return (run.model.tokens.weight.detach() @ (run.model.norm.weight.detach() * (write - write.mean()))).topk(6).indices.tolist()
+    return (readout(run.model) @ run.decomposition.U[path][c].detach() * sign).topk(6).indices.tolist()
 
 
 def parts_of(run: Run, ids: Tensor, g: dict[str, Tensor], a: dict[str, Tensor]) -> list[dict]:
@@ -796,21 +813,22 @@ def parts_of(run: Run, ids: Tensor, g: dict[str, Tensor], a: dict[str, Tensor]) 
             score, by, tokens = clearness(ids, fires, run.preset.shape.vocabulary)
             part = {"matrix": path, "c": c, "fires": int(fires.sum()), "density": fires.float().mean().item()}
             part |= {"importance": importance[fires].mean().item(), "clearness": score, "by": by, "tokens": tokens}
-            part["contrast"] = (activation[fires].abs().mean() / activation[~fires].square().mean().sqrt()).item()
+            elsewhere = activation[~fires].square().mean().sqrt().item() if not fires.all() else math.inf
+            part["contrast"] = activation[fires].abs().mean().item() / max(elsewhere, 1e-3)
             part["moves"] = moved_tokens(run, path, c, activation[fires].mean().sign().item())
             part["examples"] = examples(ids, importance, activation, fires, generator)
             parts.append(part)
     return sorted(parts, key=lambda part: -part["clearness"])
 
 
-def clearest(parts: list[dict], number: int = 20, of_each: int = 2) -> list[dict]:
-    """The first parts, at most `of_each` from one matrix."""
+def clearest(parts: list[dict]) -> list[dict]:
+    """The first 20 parts, at most two from one matrix."""
     taken, chosen = collections.Counter(), []
     for part in parts:
-        if taken[part["matrix"]] < of_each and len(chosen) < number:
-            taken[part["matrix"]] += 1
+        taken[part["matrix"]] += 1
+        if taken[part["matrix"]] <= 2:
             chosen.append(part)
-    return chosen
+    return chosen[:20]
 
 
 def shown(run: Run, token: int) -> str:
@@ -831,7 +849,8 @@ def report(run: Run) -> str:
     vocabulary = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in range(run.preset.shape.vocabulary)]
     metrics = json.loads((run.folder / "metrics.json").read_text())
     pictures = [base64.b64encode((run.folder / name).read_bytes()).decode() for name in ("masking.png", "spectrum.png", "losses.png")]
-    data = json.dumps({"vocabulary": vocabulary, "parts": parts}, separators=(",", ":")).replace("<", "\\u003c")  # no tag inside
+    data = json.dumps({"vocabulary": vocabulary, "parts": parts}, separators=(",", ":"), allow_nan=False)
+    data = data.replace("<", "\\u003c")  # no tag inside
     page = PAGE.replace("@@TABLE@@", html.escape(table(metrics)))
     page = page.replace("@@PICTURES@@", "".join(f'<img src="data:image/png;base64,{picture}">' for picture in pictures)).replace("@@DATA@@", data)
     with vpd.replacing(run.folder / "report.html") as file:
@@ -851,7 +870,7 @@ code { background: #eee; padding: 0 2px; margin-right: 5px }
 <h1>The parts of a language model</h1>
 <details><summary>How good is the decomposition?</summary><pre>@@TABLE@@</pre>@@PICTURES@@</details>
 <p>Each row is a <em>subcomponent</em>, a rank-one part of a weight matrix. It <em>fires</em> where its causal importance exceeds 0.1: there it cannot be
-ablated without changing the output. <em>Clearness</em>: of the positions where it fires, the share with one of the three commonest tokens there (this one,
+ablated without changing the output, says the causal importance function. <em>Clearness</em>: of the positions where it fires, the share with one of the three commonest tokens there (this one,
 the one before or the one after), less the share of these tokens in all text, and less if it fires rarely. <em>Raises</em>: tokens whose logits its write direction raises most.
 Click a row for examples: orange = causal importance, underline = activation (blue positive, red negative).</p>
 <p><input id="search" placeholder="search: a matrix (h.1.mlp), a part (h.1.attn.q:3) or a token" autofocus> <span id="count"></span></p>
@@ -921,7 +940,10 @@ def encoded(run: Run, text: str) -> Tensor:
     """A prompt as (1, T) token ids. Raises BadInput if the run has no tokenizer, or the prompt is empty or too long."""
     if not run.tokenizer:
         raise BadInput(f"{run.folder} was made from token ids, without a tokenizer: prompts need a run on text")
-    ids = run.tokenizer.encode(text)
+    try:
+        ids = run.tokenizer.encode(text)
+    except UnicodeEncodeError:
+        raise BadInput(f"{text!r} is not UTF-8 text") from None
     if not 1 <= len(ids) <= run.preset.shape.context:
         raise BadInput(f"the prompt {text[:40]!r} has {len(ids)} tokens: the model takes 1 to {run.preset.shape.context}")
     return torch.from_numpy(ids.astype(np.int64))[None].to(run.device)
@@ -999,7 +1021,6 @@ def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
     model, decomposition, ids = run.model, run.decomposition, encoded(run, prompt)
     target, g = vpd.predict_importances(model, decomposition, ids)
     token = one_token(run, token_text) if token_text else int(target[0, -1].argmax())
-    g = vpd.detached(g)
 
     wanted = torch.tensor([token], device=ids.device)
 
@@ -1033,6 +1054,8 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
     circuit.json: the attribution graph of all active subcomponents, and that of those left by the last pruning, which is drawn.
     """
     lines, found = [], []
+    for prompt in [*prompts, *([token_text] if token_text else [])]:
+        encoded(run, prompt)  # refuse what cannot serve before anything is computed
     for number, prompt in enumerate(prompts, 1):
         file = run.folder / ("circuit" if number == 1 else f"circuit_{number}")
         found.append(result := circuit(run, prompt, token_text))
@@ -1087,6 +1110,8 @@ def attention(run: Run, layer: int, prompt: str) -> str:
     """
     if not 0 <= layer < run.model.shape.layers:
         raise BadInput(f"there is no layer {layer}: the model has layers 0 to {run.model.shape.layers - 1}")
+    if (ids := encoded(run, prompt)).shape[1] < 2:
+        raise BadInput(f"the prompt {prompt!r} has one token: attention needs two")
     metrics = json.loads((run.folder / "metrics.json").read_text())["matrices"]
     heads, lines = run.model.shape.heads, []
     figure, axes = plt.subplots(1, 4, figsize=(10, 4), layout="constrained")
@@ -1105,7 +1130,6 @@ def attention(run: Run, layer: int, prompt: str) -> str:
     figure.savefig(run.folder / f"attention_{layer}.png", dpi=110)
     plt.close(figure)
 
-    ids = encoded(run, prompt)
     parts = score_parts(run.model, run.decomposition, layer, ids)
     a_q, a_k, static, T = parts["a_q"], parts["a_k"], parts["static"], ids.shape[1]
     V_q, V_k = (run.decomposition.V[f"h.{layer}.attn.{m}"].detach().norm(dim=0) for m in "qk")
@@ -1121,7 +1145,7 @@ def attention(run: Run, layer: int, prompt: str) -> str:
     figure, axes = plt.subplots(heads, 5, figsize=(13, 2.5 * heads), squeeze=False, layout="constrained")
     for h in range(heads):
         z = signed[h] / signed[h].std()
-        best = z.flatten().topk(3).indices
+        best = z.abs().flatten().topk(3).indices
         lines.append(f"head {h}, strongest static pairs: " + ", ".join(f"q:{i // len(V_k)} k:{i % len(V_k)} ({z.flatten()[i]:.1f} sd)" for i in best.tolist()))
         size = torch.einsum("tc,td->cd", a_q.square(), (a_k.square().cumsum(0) / torch.arange(1, T + 1, device=ids.device)[:, None]))
         top = (size * static[h].square()).flatten().topk(min(PAIRS, static[h].numel())).indices.tolist()  # pairs with the largest mean square on this prompt
@@ -1161,8 +1185,10 @@ def chosen_part(run: Run, name: str) -> tuple[str, int]:
         raise BadInput(f"{path} does not write to the residual stream, where tokens have directions: choose one of {', '.join(editable)}")
     mean = json.loads((run.folder / "metrics.json").read_text())["matrices"][path]["mean_importance"]
     alive = [c for c, x in enumerate(mean) if x > vpd.ALIVE]
-    if not number.isdigit() or int(number) not in alive:
-        nearest = min(alive, key=lambda c: abs(c - int(number))) if number.isdigit() else alive[0]
+    if not alive:
+        raise BadInput(f"{path} has no alive subcomponent: choose another of {', '.join(editable)}")
+    if not number.isdecimal() or int(number) not in alive:
+        nearest = min(alive, key=lambda c: abs(c - int(number))) if number.isdecimal() else alive[0]
         raise BadInput(f"{name!r} is no alive subcomponent of {path} (it has {len(mean)}, {len(alive)} alive): the nearest is {path}:{nearest}")
     return path, int(number)
 
@@ -1171,7 +1197,7 @@ def chosen_part(run: Run, name: str) -> tuple[str, int]:
 def edited(run: Run, path: str, c: int, token: int, strength: float):
     """Within, the model's matrix writes the direction of `token` where subcomponent c wrote its own, `strength` times U_c's length."""
     weight, U, V = run.model.get_submodule(path).weight, run.decomposition.U[path][c].detach(), run.decomposition.V[path][:, c].detach()
-    direction = F.normalize(run.model.tokens.weight[token].detach(), dim=0)
+    direction = F.normalize(readout(run.model)[token], dim=0)
     original = weight.detach().clone()
     try:
         weight.data += torch.outer(strength * U.norm() * direction - U, V)
@@ -1183,35 +1209,28 @@ def edited(run: Run, path: str, c: int, token: int, strength: float):
 @torch.no_grad()
 def effect(run: Run, path: str, c: int, token: int, alpha: float, batches: list[Tensor], fires: list[Tensor], sign: float) -> dict[str, float]:
     """An edit on the evaluation set: the token's probability where c fires, before and after; KL near (20 tokens around) and elsewhere."""
-    before = after = near_kl = far_kl = fired = near_number = far_number = 0.0
+    seen = []
     for batch, where in zip(batches, fires):
         plain = run.model(batch).float().log_softmax(-1)
         with edited(run, path, c, token, sign * alpha):
             changed = run.model(batch).float().log_softmax(-1)
-        kl = (plain.exp() * (plain - changed)).sum(-1)  # (B, T)
         near = F.max_pool1d(where.float()[:, None], 41, stride=1, padding=20)[:, 0] > 0
-        before += plain[..., token].exp()[where].sum().item()
-        after += changed[..., token].exp()[where].sum().item()
-        near_kl, far_kl = near_kl + kl[near].sum().item(), far_kl + kl[~near].sum().item()
-        fired, near_number, far_number = fired + where.sum().item(), near_number + near.sum().item(), far_number + (~near).sum().item()
-    return {
-        "alpha": alpha,
-        "before": before / max(1, fired),
-        "after": after / max(1, fired),
-        "kl_near": near_kl / max(1, near_number),
-        "kl_elsewhere": far_kl / max(1, far_number),
-    }
+        kl = (plain.exp() * (plain - changed)).sum(-1)
+        seen.append((plain[..., token].exp(), changed[..., token].exp(), kl, where, near))
+    before, after, kl, where, near = (torch.cat(x) for x in zip(*seen))  # (N, T) each
+    means = {"before": before[where], "after": after[where], "kl_near": kl[near], "kl_elsewhere": kl[~near]}
+    return {"alpha": alpha} | {name: x.mean().item() if len(x) else 0.0 for name, x in means.items()}
 
 
 def edit(run: Run, name: str, token_text: str, alpha: float) -> str:
-    """Make a subcomponent write another token; measure it for several alphas, beside the same edit of a random alive one."""
+    """Make a subcomponent write another token; measure it for several alphas, beside the same edit of a random part of the matrix that fires."""
     path, c = chosen_part(run, name)
     token, batches = one_token(run, token_text), validation_batches(run.ids, run.preset, run.device)
     ids, g, a = observe(run)
     fires = {i: g[path][..., i] > FIRES for i in (g[path].amax((0, 1)) > FIRES).nonzero()[:, 0].tolist()}
     if c not in fires:
-        raise BadInput(f"{name} fires nowhere in the evaluation set: choose one of {path}:{', '.join(map(str, list(fires)[:5]))} ...")
-    others = [i for i in fires if i != c]
+        raise BadInput(f"{name} fires nowhere in the evaluation set; of {path} these do: {', '.join(map(str, list(fires)[:8])) or 'none'}")
+    others = [i for i in fires if i != c] or [c]
     control = others[int(torch.randint(len(others), (1,), generator=torch.Generator().manual_seed(0)))]
     lines, results = [f"{name} -> {token_text!r}: where it fires, {int(fires[c].sum())} of {ids.numel()} positions"], {}
     for which in (c, control):
@@ -1296,14 +1315,20 @@ def main() -> None:
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError):
+            raise BadInput(f"there is no device {device!r} here: give --device cpu, or leave it out") from None
+        if not 0 <= options.seed < 10**9:
+            raise BadInput(f"the seed is {options.seed}: it must be at least 0 and under a billion")
+        if reads and vpd.processes() > 1:
+            raise BadInput("a run is read by one process: leave out torchrun")
         with vpd.rank_0_first():
-            if reads:
-                if not (folder / "metrics.json").exists():
-                    raise BadInput(f"{folder} holds no finished decomposition: make one first, or go on with --resume")
-                settings = json.loads((folder / "settings.json").read_text())
-            elif options.resume:
-                if not (folder / "settings.json").exists():
-                    raise BadInput(f"{folder} holds no run to resume: leave out --resume, or give its folder with --out")
+            if reads and not (folder / "metrics.json").exists():
+                raise BadInput(f"{folder} holds no finished decomposition: make one first, or go on with --resume")
+            if options.resume and not (folder / "settings.json").exists():
+                raise BadInput(f"{folder} holds no run to resume: leave out --resume, or give its folder with --out")
+            if reads or options.resume:
                 settings = json.loads((folder / "settings.json").read_text())
             elif vpd.rank() == 0 and folder.exists() and any(folder.iterdir()):
                 raise BadInput(f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out")

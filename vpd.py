@@ -303,6 +303,12 @@ class ImportanceTransformer(nn.Module):
         return dict(zip(inputs, z.split(self.sizes, -1)))
 
 
+def importance_function(V: dict[str, Tensor], config: Config) -> nn.Module:
+    """A new causal importance function for matrices with the read directions V {path: (d_in, C)}."""
+    kind = {"mlp": ImportanceMLPs, "transformer": ImportanceTransformer}[config.G]
+    return kind({path: tuple(v.shape) for path, v in V.items()}, config)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 5  The five losses ([VPD] section 4)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -672,8 +678,7 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
         torch.manual_seed(config.seed)
         V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
         U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
-        make_G = {"mlp": ImportanceMLPs, "transformer": ImportanceTransformer}[config.G]
-        G = make_G({path: (W.shape[1], C[path]) for path, W in weights.items()}, config).to(device)
+        G = importance_function(V, config).to(device)
         shapes = {path: (*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}
         torch.manual_seed(config.seed + 2_000_003 * rank())  # from here on every process has its own luck
         sources, ascent = start_adversary(shapes, device, config)
@@ -788,6 +793,14 @@ def load_checkpoint(folder: Path, training: Training) -> None:
         raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to start this run anew") from error
     if rank() == 0 and (folder / "log.jsonl").exists():
         os.truncate(folder / "log.jsonl", log_bytes)  # steps after the checkpoint will be logged again
+
+
+def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposition:
+    """What a finished run found, from its checkpoint.pt, to be read and not to be trained on."""
+    state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
+    G = importance_function(state["V"], config).to(device)
+    G.load_state_dict(state["G"])
+    return Decomposition(state["U"], state["V"], G)
 
 
 def progress(line: str, last: bool, milestone: bool) -> None:

@@ -249,7 +249,8 @@ def test_an_edit_writes_the_tokens_direction_and_is_taken_back_even_after_an_err
     path, c, token = "h.1.mlp.down", 2, 7
     module, U, V = run.model.get_submodule(path), run.decomposition.U[path][c], run.decomposition.V[path][:, c]
     before, x = module.weight.clone(), torch.randn(64)
-    u = run.model.tokens.weight[token]
+    u = run.model.tokens.weight[token] * run.model.norm.weight
+    u = u - u.mean()
     with torch.no_grad():
         expected = module(x) - U * (V @ x) - 3 * U.norm() * u / u.norm() * (V @ x)
         with pytest.raises(KeyboardInterrupt), gpt.edited(run, path, c, token, -3.0):
@@ -327,6 +328,9 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
         (["--circuit", ""], "has 0 tokens"),
         (["--circuit", "def", "--token", "def first("], "is not one token but"),
         (["--attention", "2"], "the model has layers 0 to 1"),
+        (["--attention", "1", "--prompt", "\n"], "attention needs two"),
+        (["--report", "--device", "warp"], "there is no device 'warp'"),
+        (["--report", "--seed", "-1"], "the seed is -1"),
         (["--edit", "h.1.mlp.dow:1", "--to", "x"], "the nearest that can be edited: h.1.mlp.down"),
         (["--edit", "h.1.mlp.up:1", "--to", "x"], "does not write to the residual stream"),
         (["--edit", "h.1.mlp.down:77", "--to", "x"], "is no alive subcomponent"),
