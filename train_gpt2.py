@@ -1056,6 +1056,7 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
     lines, found = [], []
     for prompt in [*prompts, *([token_text] if token_text else [])]:
         encoded(run, prompt)  # refuse what cannot serve before anything is computed
+    began = time.monotonic()
     for number, prompt in enumerate(prompts, 1):
         file = run.folder / ("circuit" if number == 1 else f"circuit_{number}")
         found.append(result := circuit(run, prompt, token_text))
@@ -1065,6 +1066,8 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
         draw_circuit(run, result["pruned_graph"], ids, token, file.with_suffix(".png"))
         lines += [f"{prompt!r} then {token} (cross-entropy of the target {result['target_ce']:.3f}); the strongest paths after pruning:"]
         lines += [strongest_paths(run, result["pruned_graph"], ids)]
+        left = (time.monotonic() - began) / number * (len(prompts) - number)
+        vpd.progress(f"circuit {number}/{len(prompts)}  {left:.0f} s left", number == len(prompts), len(prompts) > 1)
     lines += [f"mean of {len(found)} prompts          nodes  cross-entropy   under a fresh adversary of 20, 40, 80 steps"]
     lines.append(f"{'target':26s} {'':7s} {np.mean([result['target_ce'] for result in found]):14.3f}")
     for name in found[0]["prunings"]:

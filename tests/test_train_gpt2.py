@@ -255,6 +255,6 @@ def test_a_gpu_preset_without_a_gpu_warns_with_the_time_it_would_take_and_runs(t
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vpd, "processes", lambda: 3)
     settings = {"preset": "laptop", "data": "", "init_from": "", "seed": 0}
-    with pytest.raises(vpd.BadInput, match="batch of 16 does not divide over 3 processes"):
+    with pytest.raises(vpd.BadInput, match="batch of 8 does not divide over 3 processes"):
         gpt.target_and_decomposition(settings, tmp_path / "run", "cpu")
     assert not (tmp_path / "run").exists()
