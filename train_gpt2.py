@@ -1027,12 +1027,16 @@ def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
     def loss(output):
         return F.cross_entropy(output[:, -1].float(), wanted)
 
+    shapes, active = {path: x.shape for path, x in g.items()}, {path: x > 0 for path, x in g.items()}
+
     def judged(importances):
+        rounded = {path: (x > 0).float() for path, x in importances.items()}
         with torch.no_grad():
-            ce = loss(vpd.masked_forward(model, decomposition.U, decomposition.V, importances, ids)).item()
-        shapes, movable = {path: x.shape for path, x in g.items()}, {path: x > 0 for path, x in g.items()}  # all others stay random
-        attacked = vpd.fresh_adversary(model, decomposition, [(ids, target, importances)], lambda _, output: loss(output), shapes, movable)
-        return {"nodes": sum(int((x > 0).sum()) for x in importances.values()), "ce": ce, "attacked": attacked}
+            under = [loss(vpd.masked_forward(model, decomposition.U, decomposition.V, masks, ids)).item() for masks in (importances, rounded)]
+        case = [(ids, target, importances)]  # the adversary moves what was active before pruning; all else stays random
+        attacked = vpd.fresh_adversary(model, decomposition, case, lambda _, output: loss(output), shapes, active)
+        nodes = sum(int((x > 0).sum()) for x in importances.values())
+        return {"nodes": nodes, "ce": under[0], "ce_rounded": under[1], "attacked": attacked}
 
     def outcome(logits):  # the softmax does not see what all logits have in common
         return logits[0, -1, token] - logits[0, -1].mean()
@@ -1068,12 +1072,17 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
         lines += [strongest_paths(run, result["pruned_graph"], ids)]
         left = (time.monotonic() - began) / number * (len(prompts) - number)
         vpd.progress(f"circuit {number}/{len(prompts)}  {left:.0f} s left", number == len(prompts), len(prompts) > 1)
-    lines += [f"mean of {len(found)} prompts          nodes  cross-entropy   under a fresh adversary of 20, 40, 80 steps"]
-    lines.append(f"{'target':26s} {'':7s} {np.mean([result['target_ce'] for result in found]):14.3f}")
+
+    def mean(values) -> str:
+        return f"{np.mean(list(values)):10.3f}"
+
+    lines += [f"cross-entropy of the token, mean of {len(found)} prompts; target: {mean(result['target_ce'] for result in found).strip()}"]
+    lines += ["pruning                      nodes  as masks   rounded  under a fresh adversary of 20, 40, 80 steps"]
     for name in found[0]["prunings"]:
         each = [result["prunings"][name] for result in found]
-        attacked = " ".join(f"{np.mean([x['attacked'][steps] for x in each]):9.3f}" for steps in each[0]["attacked"])
-        lines.append(f"{name:26s} {np.mean([x['nodes'] for x in each]):7.0f} {np.mean([x['ce'] for x in each]):14.3f} {attacked}")
+        attacked = "".join(mean(x["attacked"][steps] for x in each) for steps in each[0]["attacked"])
+        nodes = np.mean([x["nodes"] for x in each])
+        lines.append(f"{name:26s} {nodes:7.0f}{mean(x['ce'] for x in each)}{mean(x['ce_rounded'] for x in each)}{attacked}")
     return "\n".join(lines)
 
 
