@@ -42,8 +42,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-plt.rcParams["text.parse_math"] = False  # a dollar in a token is a dollar
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -1009,8 +1007,10 @@ def draw_circuit(run: Run, graph: dict, ids: Tensor, outcome: str, file: Path) -
         points = [at[n] for n in used if graph["nodes"][n]["matrix"] == path]
         colour = "black" if path == "outcome" else plt.get_cmap("tab20")(matrices.index(path) % 20)
         axis.scatter([x for x, _ in points], [y for _, y in points], s=45, color=colour, edgecolors="white", linewidths=0.5, zorder=2)
-    axis.set_xticks(range(T), [shown(run, i) for i in ids[0].tolist()])
-    axis.set_yticks(range(len(rows) + 1), ["tokens, positions", *(", ".join([row[0], *(path[-1] for path in row[1:])]) for row in rows[1:]), f"outcome: {outcome}"])
+    layers = [", ".join([row[0], *(path[-1] for path in row[1:])]) for row in rows]  # "h.0.attn.q, k, v" and so on
+    layers = ["tokens, positions", *layers[1:], f"outcome: {outcome}"]
+    axis.set_xticks(range(T), [shown(run, i) for i in ids[0].tolist()], parse_math=False)  # a dollar in a token is a dollar
+    axis.set_yticks(range(len(layers)), layers, parse_math=False)
     axis.set(xlabel="position", title="what goes most into every part that is left (blue raises, orange lowers)", xlim=(-0.6, T - 0.4))
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -1172,7 +1172,7 @@ def attention(run: Run, layer: int, prompt: str) -> str:
             colours = {"cmap": "viridis", "vmin": 0, "vmax": 1} if title == "attention" else {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
             axis.imshow(matrix.cpu(), interpolation="nearest", **colours)
             axis.set(title=f"head {h}: {title}", xticks=[], yticks=[])
-        axes[h, 0].set_yticks(range(T), [shown(run, i) for i in ids[0].tolist()], fontsize=7)
+        axes[h, 0].set_yticks(range(T), [shown(run, i) for i in ids[0].tolist()], fontsize=7, parse_math=False)
     figure.suptitle(f"layer {layer}: from each position (down) to those before (across)")
     figure.savefig(run.folder / f"attention_{layer}_pairs.png", dpi=110)
     plt.close(figure)
