@@ -296,8 +296,8 @@ def read_text(file: Path) -> str:
 
 def read_bin(file: Path, vocabulary: int) -> np.ndarray:
     """A memory-mapped file of uint16 token ids. Raises BadInput if it is of odd length or holds an id outside the vocabulary."""
-    if not file.exists():
-        raise BadInput(f"{file} does not exist: give a UTF-8 text or a .bin of uint16 token ids")
+    if not file.is_file():
+        raise BadInput(f"{file} is no file: give a UTF-8 text or a .bin of uint16 token ids")
     if file.stat().st_size % 2 or not file.stat().st_size:
         raise BadInput(f"{file} has {file.stat().st_size} bytes: a .bin holds uint16 token ids, two bytes each")
     ids = np.memmap(file, dtype=np.uint16, mode="r")
@@ -420,6 +420,14 @@ def validation_loss(model: GPT, batches: list[Tensor]) -> float:
     return sum(cross_entropy(batch, model(batch)).item() for batch in batches) / len(batches)
 
 
+def saved_state(file: Path, device: str) -> dict:
+    """What a run saved; raises BadInput if the file is damaged."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises almost anything on a file that is not its own
+        raise BadInput(f"{file} is damaged ({type(error).__name__}): delete it, and go on with --resume") from error
+
+
 def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder: Path, device: str) -> dict:
     """Train the model (AdamW, warm-up, cosine to a tenth), or go on where a killed run stopped. Writes target.pt.
 
@@ -430,7 +438,7 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
     generator, step, record = torch.Generator(), 0, {"curve": [], "seconds": 0.0}
     unfinished, steps, validation = folder / "target_unfinished.pt", preset.target_steps, validation_batches(ids, preset, device)
     if unfinished.exists():
-        state = torch.load(unfinished, map_location=device, weights_only=True)
+        state = saved_state(unfinished, device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, record = state["step"], state["record"]
@@ -459,7 +467,7 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
             left = record["seconds"] / step * (steps - step)
             line = f"target: step {step}/{steps}  validation loss {record['curve'][-1][1]:.3f}  {left:.0f} s left"
             if vpd.rank() == 0:
-                vpd.progress(line, step == steps, step == steps or step % (steps // 5) == 0)
+                vpd.progress(line, step == steps, step == steps or step % max(1, steps // 5) == 0)
         if vpd.rank() == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             with vpd.replacing(unfinished) as file:
@@ -681,7 +689,7 @@ def target_and_decomposition(settings: dict, folder: Path, device: str) -> Run:
         print(f"warning: the preset {settings['preset']} is for GPUs; here its decomposition takes over {hours:,.0f} hours", file=sys.stderr)
 
     if (folder / "target.pt").exists():
-        saved = torch.load(folder / "target.pt", map_location=device, weights_only=True)
+        saved = saved_state(folder / "target.pt", device)
         model.load_state_dict(saved["model"])
         record = saved["record"]
     elif init_from:
@@ -1331,6 +1339,8 @@ def main() -> None:
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError):
             raise BadInput(f"there is no device {device!r} here: give --device cpu, or leave it out") from None
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(f"{folder} is a file: choose a folder with --out")
         if not 0 <= options.seed < 10**9:
             raise BadInput(f"the seed is {options.seed}: it must be at least 0 and under a billion")
         if reads and vpd.processes() > 1:

@@ -1,6 +1,7 @@
 """Reading a decomposition: attributions, graphs and pruning, against finite differences and planted circuits."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -319,6 +320,14 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
     assert graph["nodes"][-1]["matrix"] == "outcome" and graph["edges"]
     active = [node for node in graph["nodes"] if "importance" in node]
     assert len(active) == found["prunings"]["not pruned"]["nodes"]
+
+
+def test_a_damaged_target_is_refused_in_one_line(run, tmp_path, monkeypatch):
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "target.pt").write_bytes(b"cut")
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--out", str(tmp_path / "run"), "--report"])
+    with pytest.raises(SystemExit, match="target.pt is damaged"):
+        gpt.main()
 
 
 @pytest.mark.parametrize(
