@@ -109,7 +109,7 @@ class Toy:
 
         lr: Adam moves every entry by about lr a step, and those of V start at 1 / sqrt(d_in). Much less, and subcomponents that do
         the same do not merge in time. Prices: MSE is a mean over N outputs, a feature's share in it 1/N. (A quarter of them on
-        tms_40-10-id: the identity comes apart into 31 parts and not 55, but tms_40-10 finds 39 features of 40.) price_start: from a
+        tms_40-10-id: the identity comes apart into 31 parts and not 64, but tms_40-10 finds 39 features of 40.) price_start: from a
         high price down, a feature is more often found as one part, and seldom ends as the sum of its two neighbours' parts.
         """
         config = vpd.Config(
