@@ -10,11 +10,15 @@
     python train_gpt2.py --out runs/laptop --attention 1 [--prompt "..."]
     python train_gpt2.py --out runs/laptop --edit [h.1.mlp.down:37 --to None --alpha 3]
 
+    python train_gpt2.py --init-from runs/laptop --C 2 --out runs/C-2           # decompose the same target differently
+    python train_gpt2.py --out runs/laptop --compare runs/C-2                   # do the two decompositions agree?
+
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset paper --data pile.bin
 
 Three stages, each with its product in the run folder: the target model (target.pt), its decomposition (decomposition/), and the
 evaluation (metrics.json, pictures). From top to bottom: the model, the tokenizer, the data, training the target, the evaluation,
-a run; then what a person reads off a finished run: the page of all parts, circuits, attention, an edit; and the command.
+a run; then what a person reads off a finished run: the page of all parts, circuits, attention, an edit, whether two runs agree;
+and the command.
 """
 
 from __future__ import annotations
@@ -645,6 +649,22 @@ def corpus(data: str, preset: Preset, folder: Path) -> tuple[np.ndarray, Tokeniz
     return ids, tokenizer
 
 
+def adopted(source: Path, folder: Path) -> dict:
+    """Let a new run folder begin with the target and the tokens of another run; returns the settings that come with them."""
+    try:
+        settings = json.loads((source / "settings.json").read_text())
+    except (OSError, ValueError):
+        settings = {}
+    if not (source / "target.pt").exists() and not settings.get("init_from"):
+        raise BadInput(f"{source} is no run with a finished target: give the folder of one, or a pytorch_model.bin of GPT-2")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("target.pt", "tokenizer.json", "tokens.npy"):
+        if (source / name).exists():  # a target from a checkpoint, and token ids from a .bin, lie where they were
+            with vpd.replacing(folder / name) as file:
+                file.write((source / name).read_bytes())
+    return {key: settings[key] for key in ("preset", "data", "init_from")}
+
+
 @dataclass
 class Run:
     """A run folder, open: all that its stages have left."""
@@ -663,7 +683,8 @@ class Run:
 def target_and_decomposition(settings: dict, folder: Path, device: str) -> Run:
     """The first two stages; what is already in the folder is loaded and not repeated.
 
-    settings: preset, data (a file name, or "" for the standard library), init_from (a checkpoint, or ""), seed.
+    settings: preset, data (a file name, or "" for the standard library), init_from (a checkpoint, or ""), seed, steps of the
+    decomposition (0: as many as the preset's), C (times the preset's).
     """
     preset, data, init_from, seed = PRESETS[settings["preset"]], settings["data"], settings["init_from"], settings["seed"]
     if init_from and not data.endswith(".bin"):
@@ -673,7 +694,8 @@ def target_and_decomposition(settings: dict, folder: Path, device: str) -> Run:
     torch.manual_seed(seed)
     model = load_gpt2(Path(init_from)) if init_from else GPT(preset.shape)
     shape = dataclasses.replace(model.shape, context=min(model.shape.context, preset.shape.context))
-    preset = dataclasses.replace(preset, shape=shape, config=dataclasses.replace(preset.config, seed=seed))
+    config = dataclasses.replace(preset.config, seed=seed, steps=settings["steps"] or preset.config.steps)
+    preset = dataclasses.replace(preset, shape=shape, config=config)
     with vpd.rank_0_first():
         ids, tokenizer = corpus(data, preset, folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -681,7 +703,8 @@ def target_and_decomposition(settings: dict, folder: Path, device: str) -> Run:
             with vpd.replacing(folder / "settings.json") as file:
                 file.write(json.dumps(settings).encode())
     model.to(device)
-    C = {f"h.{i}.{kind}": number for i in range(model.shape.layers) for kind, number in preset.C.items()}
+    C = {kind: max(1, round(number * settings["C"])) for kind, number in preset.C.items()}
+    C = {f"h.{i}.{kind}": number for i in range(model.shape.layers) for kind, number in C.items()}
     finished = (folder / "metrics.json").exists()
     if settings["preset"] != "laptop" and not device.startswith("cuda") and vpd.rank() == 0 and not finished:
         steps, per_step = preset.config.steps, preset.batch * shape.context * operations(model, C, preset.config)
@@ -1286,6 +1309,45 @@ def proposals(run: Run) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Reading the decomposition: do two of them agree?
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def alive_and_untrained(run: Run) -> list[vpd.Decomposition]:
+    """The alive subcomponents of a run, and all of them as they were before any training."""
+    matrices, found = json.loads((run.folder / "metrics.json").read_text())["matrices"], run.decomposition
+    alive = {path: torch.tensor(matrices[path]["mean_importance"], device=run.device) > vpd.ALIVE for path in run.C}
+    _, inputs = vpd.forward_with_inputs(run.model, run.C, validation_batches(run.ids, run.preset, run.device)[0])
+    untrained = vpd.start(run.model, run.C, inputs, run.preset.config).decomposition
+    U, V = {path: found.U[path][alive[path]] for path in run.C}, {path: found.V[path][:, alive[path]] for path in run.C}
+    return [vpd.Decomposition(U, V, found.G), untrained]
+
+
+def compare(run: Run, folder: Path) -> str:
+    """How like the alive subcomponents of a run are to those of another run on the same target, and how like all were before training.
+
+    Writes compare.json, {"trained": {matrix: {"U", "V", "product"}}, "untrained": the same}, and returns it as a table.
+    """
+    if not (folder / "metrics.json").exists():
+        raise BadInput(f"{folder} holds no finished decomposition: compare with a run that has one")
+    other = target_and_decomposition(json.loads((folder / "settings.json").read_text()), folder, run.device)
+    mine, others = run.model.state_dict(), other.model.state_dict()
+    if any(x.shape != others[name].shape or not x.equal(others[name]) for name, x in mine.items()):
+        raise BadInput(f"{folder} decomposes another target: make a run on this one's with --init-from {run.folder}")
+    lines, found = ["mean largest cosine   before training: U, V, product    trained: U, V, product"], {"other": str(folder)}
+    for name, one, two in zip(("trained", "untrained"), alive_and_untrained(run), alive_and_untrained(other)):
+        each = vpd.similarity(one, two)  # {path: {"U": (C,), ...}}
+        each["all"] = {part: torch.cat([x[part] for x in each.values()]) for part in ("U", "V", "product")}
+        found[name] = {path: {part: x.sum().item() / max(1, len(x)) for part, x in of.items()} for path, of in each.items()}
+    for path in [*run.C, "all"]:
+        before, after = ("  ".join(f"{x:.2f}" for x in found[name][path].values()) for name in ("untrained", "trained"))
+        lines.append(f"{path:20s} {before:>30s} {after:>25s}")
+    with vpd.replacing(run.folder / "compare.json") as file:
+        file.write(json.dumps(found, indent=1).encode())
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1298,6 +1360,8 @@ def read(run: Run, options: argparse.Namespace) -> str:
         return circuits(run, options.circuit, options.token) + f"\npictures and graphs are in {run.folder}/circuit*"
     if options.attention is not None:
         return attention(run, options.attention, options.prompt) + f"\npictures are in {run.folder}/attention_{options.attention}*.png"
+    if options.compare:
+        return compare(run, options.compare)
     if not options.edit:
         return proposals(run)
     if not options.to:
@@ -1310,7 +1374,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu if there is one, else laptop")
     parser.add_argument("--data", default="", help="a UTF-8 text, or FILE.bin of uint16 token ids (default: Python's standard library)")
-    parser.add_argument("--init-from", default="", metavar="FILE", help="decompose this GPT-2 (pytorch_model.bin) instead of training one")
+    parser.add_argument("--init-from", default="", metavar="FILE", help="decompose this GPT-2 (pytorch_model.bin), or the target of this run's folder")
+    parser.add_argument("--steps", type=int, default=0, help="of the decomposition (default: the preset's)")
+    parser.add_argument("--C", type=float, default=1, metavar="FACTOR", help="this many times the preset's subcomponents (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own preset, data and seed")
@@ -1322,13 +1388,15 @@ def main() -> None:
     reading.add_argument("--attention", type=int, metavar="LAYER", help="which pairs of q and k subcomponents make the scores of a layer")
     reading.add_argument("--prompt", default="def __init__(self, name):\n        self.name = name\n", help="with --attention: the text")
     reading.add_argument("--edit", nargs="?", const="", metavar="MATRIX:NUMBER", help="write another token; without an argument: propose five")
+    reading.add_argument("--compare", type=Path, metavar="FOLDER", help="how like are the subcomponents to those of another run on the same target")
     reading.add_argument("--to", metavar="TOKEN", help="with --edit: the token")
     reading.add_argument("--alpha", type=float, default=3.0, help="with --edit: how strongly, in lengths of the original (default: 3)")
     options = parser.parse_args()
-    reads = options.report or options.circuit or options.attention is not None or options.edit is not None
+    reads = options.report or options.circuit or options.attention is not None or options.edit is not None or options.compare
     preset, device = options.preset or ("gpu" if options.device.startswith("cuda") else "laptop"), options.device
     folder = options.out or Path("runs") / preset
     settings = {"preset": preset, "data": options.data, "init_from": options.init_from, "seed": options.seed}
+    settings |= {"steps": options.steps, "C": options.C}
     if "LOCAL_RANK" in os.environ:  # under torchrun
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1343,6 +1411,8 @@ def main() -> None:
             raise BadInput(f"{folder} is a file: choose a folder with --out")
         if not 0 <= options.seed < 10**9:
             raise BadInput(f"the seed is {options.seed}: it must be at least 0 and under a billion")
+        if options.steps < 0 or not 0 < options.C <= 100:
+            raise BadInput(f"--steps {options.steps} --C {options.C:g}: steps must be above 0, and C (a factor) above 0 and at most 100")
         if reads and vpd.processes() > 1:
             raise BadInput("a run is read by one process: leave out torchrun")
         with vpd.rank_0_first():
@@ -1354,6 +1424,10 @@ def main() -> None:
                 settings = json.loads((folder / "settings.json").read_text())
             elif vpd.rank() == 0 and folder.exists() and any(folder.iterdir()):
                 raise BadInput(f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out")
+            elif Path(options.init_from or "-").is_dir():
+                if options.preset or options.data:
+                    raise BadInput("a run given to --init-from brings its preset and data: leave out --preset and --data")
+                settings |= adopted(Path(options.init_from), folder)
         run = target_and_decomposition(settings, folder, device)
         if reads:
             print(read(run, options))

@@ -1078,3 +1078,17 @@ def prune(
         if adversarial:
             ascend(ascent, list(gradients[len(z) :]))
     return {path: (lower_leaky(x) * active[path]).detach() for path, x in z.items()}
+
+
+def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, Tensor]]:
+    """For each subcomponent of one decomposition, how like it the most similar one of another is, {path: {"U", "V", "product": (C,)}}.
+
+    Their means are the MMCS of [VPD] section 6. Cosines: of the directions U_c and V_c without their signs, which mean nothing alone, and
+    of U_c V_c^T with its sign, or 0 if that is higher. Leave out dead subcomponents: they point anywhere.
+    """
+    found = {}
+    for path, U in one.U.items():
+        u = F.normalize(U.detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of the other)
+        v = F.normalize(one.V[path].detach(), dim=0).T @ F.normalize(other.V[path].detach(), dim=0)
+        found[path] = {name: F.pad(x, (0, 1)).amax(1) for name, x in (("U", u.abs()), ("V", v.abs()), ("product", u * v))}
+    return found

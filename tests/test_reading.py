@@ -208,6 +208,26 @@ def test_the_planted_previous_token_circuit_comes_out_on_top():
         assert kept["h.0.attn.o"][0].nonzero().tolist() == [[5, 1]]
 
 
+def test_similarity_is_the_largest_cosine_between_explicit_rank_one_matrices():
+    torch.manual_seed(0)
+    one, other = ({"W": torch.randn(5, 3).double()} for _ in range(2)), ({"W": torch.randn(4, 5).double()} for _ in range(2))
+    one, other = (vpd.Decomposition(U, V, Silent()) for U, V in zip(one, other))
+    matrices = [torch.einsum("co,ic->coi", x.U["W"], x.V["W"]).flatten(1) for x in (one, other)]
+    found = vpd.similarity(one, other)["W"]
+    for c in range(5):
+        cosines = [nn.functional.cosine_similarity(matrices[0][c], m, dim=0) for m in matrices[1]]
+        assert found["product"][c].item() == pytest.approx(max(0, max(cosines).item()), rel=1e-12)
+        cosines = [nn.functional.cosine_similarity(one.U["W"][c], u, dim=0).abs() for u in other.U["W"]]
+        assert found["U"][c].item() == pytest.approx(max(cosines).item(), rel=1e-12)
+    # the same subcomponents in another order and scale, and with both signs turned, are the same; with one sign turned they are not
+    order = torch.tensor([3, 1, 4, 0, 2])
+    for sign in (1, -1):
+        again = vpd.Decomposition({"W": -2 * one.U["W"][order]}, {"W": -sign * one.V["W"][:, order]}, Silent())
+        found = vpd.similarity(one, again)["W"]
+        assert all(found[name].allclose(torch.ones(5).double()) for name in "UV")
+        assert (found["product"] > 0.999999).all() == (sign == 1)
+
+
 # --- What train_gpt2.py reads off a finished run ---
 
 TEXT = "def first(self, x):\n    return '<b>' & x\n\n\nclass Name:\n\tdef second(self): return \"</script>\" \n" * 60
@@ -221,7 +241,7 @@ def run(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     config = vpd.Config(steps=30, warmup_steps=50, lr=5e-3, G="transformer", G_width=32, G_blocks=1, G_heads=2)
     preset = gpt.Preset(gpt.Shape(2, 16, 2, 16, 280), 4, 60, 1e-2, dict.fromkeys(KINDS, 6), config)
-    settings = {"preset": "laptop", "data": str(folder / "text.txt"), "init_from": "", "seed": 0}
+    settings = {"preset": "laptop", "data": str(folder / "text.txt"), "init_from": "", "seed": 0, "steps": 0, "C": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gpt.PRESETS, "laptop", preset)
         patch.setattr(gpt, "EVALUATED", 256)
@@ -322,6 +342,41 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
     assert len(active) == found["prunings"]["not pruned"]["nodes"]
 
 
+def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_compared(run, tmp_path, monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *map(str, arguments)])
+        gpt.main()
+
+    command("--init-from", run.folder, "--C", "0.5", "--steps", "3", "--seed", "1", "--out", tmp_path / "half")
+    target, same = (torch.load(folder / "target.pt", weights_only=True)["model"] for folder in (run.folder, tmp_path / "half"))
+    assert all(x.equal(same[name]) for name, x in target.items())
+    metrics = json.loads((tmp_path / "half" / "metrics.json").read_text())
+    assert all(matrix["C"] == 3 for matrix in metrics["matrices"].values()) and metrics["data"].endswith("text.txt")
+    made = json.loads((tmp_path / "half" / "decomposition" / "run.json").read_text())
+    assert made["config"]["steps"] == 3 and made["config"]["seed"] == 1
+    assert made["target"] == json.loads((run.folder / "decomposition" / "run.json").read_text())["target"]
+
+    command("--out", run.folder, "--compare", run.folder)
+    found = json.loads((run.folder / "compare.json").read_text())
+    assert all(x == pytest.approx(1) for kind in ("trained", "untrained") for x in found[kind]["all"].values())
+    command("--out", run.folder, "--compare", tmp_path / "half")
+    found = json.loads((run.folder / "compare.json").read_text())
+    assert 0 < found["untrained"]["all"]["product"] < 0.9 and "all" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="brings its preset and data"):
+        command("--init-from", run.folder, "--preset", "laptop", "--out", tmp_path / "new")
+    with pytest.raises(SystemExit, match="no run with a finished target"):
+        command("--init-from", tmp_path, "--out", tmp_path / "new")
+    with pytest.raises(SystemExit, match="C .a factor. above 0"):
+        command("--C", "0", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    other = torch.load(tmp_path / "half" / "target.pt", weights_only=True)
+    other["model"]["tokens.weight"] += 1
+    torch.save(other, tmp_path / "half" / "target.pt")
+    with pytest.raises(SystemExit, match="decomposes another target"):
+        command("--out", run.folder, "--compare", tmp_path / "half")
+
+
 def test_a_damaged_target_is_refused_in_one_line(run, tmp_path, monkeypatch):
     shutil.copytree(run.folder, tmp_path / "run")
     (tmp_path / "run" / "target.pt").write_bytes(b"cut")
@@ -344,6 +399,7 @@ def test_a_damaged_target_is_refused_in_one_line(run, tmp_path, monkeypatch):
         (["--edit", "h.1.mlp.up:1", "--to", "x"], "does not write to the residual stream"),
         (["--edit", "h.1.mlp.down:77", "--to", "x"], "is no alive subcomponent"),
         (["--edit", "h.1.mlp.down:1"], "needs --to TOKEN"),
+        (["--compare", "nowhere"], "nowhere holds no finished decomposition"),
         (["--report", "--out", "nowhere"], "holds no finished decomposition"),
     ],
 )

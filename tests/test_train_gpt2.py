@@ -183,7 +183,7 @@ def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monk
     monkeypatch.setitem(gpt.PRESETS, "laptop", small)
     monkeypatch.setattr(gpt, "EVALUATED", 64)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    settings = {"preset": "laptop", "data": str(tmp_path / "text.txt"), "init_from": "", "seed": 0}
+    settings = {"preset": "laptop", "data": str(tmp_path / "text.txt"), "init_from": "", "seed": 0, "steps": 0, "C": 1}
     metrics = gpt.evaluation(gpt.target_and_decomposition(settings, tmp_path, "cpu"), settings)
     assert metrics["target"]["curve"][-1][1] < metrics["target"]["curve"][0][1]  # it learned
     assert metrics["total"]["C"] == 2 * 20 and set(metrics["matrices"]) >= {"h.0.attn.q", "h.1.mlp.down"}
@@ -254,7 +254,7 @@ def test_a_gpu_preset_without_a_gpu_warns_with_the_time_it_would_take_and_runs(t
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vpd, "processes", lambda: 3)
-    settings = {"preset": "laptop", "data": "", "init_from": "", "seed": 0}
+    settings = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "C": 1}
     with pytest.raises(vpd.BadInput, match="batch of 8 does not divide over 3 processes"):
         gpt.target_and_decomposition(settings, tmp_path / "run", "cpu")
     assert not (tmp_path / "run").exists()
