@@ -100,24 +100,31 @@ class Toy:
             return ResidualMLP(self.features, self.dimensions, self.neurons, self.layers)
         return TMS(self.features, self.dimensions, self.identity)
 
+    @property
+    def density(self) -> float:
+        """The probability with which a feature is present."""
+        return 0.01 if self.layers else 0.05
+
     def batch(self, generator: torch.Generator, n: int = 256) -> Tensor:
         """(n, features) inputs, with the density and range of values that this kind of model is trained on."""
-        return feature_batch(n, self.features, *((0.01, -1.0) if self.layers else (0.05, 0.0)), generator)
+        return feature_batch(n, self.features, self.density, -1.0 if self.layers else 0.0, generator)
 
     def config(self, seed: int, without: str | None) -> vpd.Config:
         """One setting for every toy model; what depends on its size follows from the size.
 
         lr: Adam moves every entry by about lr a step, and those of V start at 1 / sqrt(d_in). Much less, and subcomponents that do
-        the same do not merge in time. Prices: MSE is a mean over N outputs, a feature's share in it 1/N. (A quarter of them on
-        tms_40-10-id: the identity comes apart into 31 parts and not 64, but tms_40-10 finds 39 features of 40.) price_start: from a
-        high price down, a feature is more often found as one part, and seldom ends as the sum of its two neighbours' parts.
+        the same do not merge in time. Price: MSE is a mean over N outputs, a feature's share in it 1/N. The root: what serves all
+        features, like the identity, is charged whenever any is present; the more are present at once, the sooner it comes apart into
+        pieces that are needed more rarely (64 of them for 10 on tms_40-10-id, without the root). price_start: from a high price
+        down, a feature is more often found as one part, and seldom ends as the sum of its two neighbours' parts.
         """
+        price = 1e-3 / self.features / (self.density * self.features) ** 0.5
         config = vpd.Config(
             seed=seed,
             lr=0.04 / max(self.features, self.dimensions) ** 0.5,
-            importance=1e-4 / self.features,
-            frequency=2e-3 / self.features,
-            price_start=7.5,
+            importance=price / 2,
+            frequency=price,
+            price_start=6.0,
         )
         return dataclasses.replace(config, **{without: 0.0}) if without else config
 
