@@ -116,11 +116,13 @@ class Toy:
         the same do not merge in time. Price: MSE is a mean over N outputs, a feature's share in it 1/N. The root: what serves all
         features, like the identity, is charged whenever any is present; the more are present at once, the sooner it comes apart into
         pieces that are needed more rarely (64 of them for 10 on tms_40-10-id, without the root). price_start: from a high price
-        down, a feature is more often found as one part, and seldom ends as the sum of its two neighbours' parts.
+        down, a feature is more often found as one part, and seldom ends as the sum of its two neighbours' parts. steps: the larger
+        models, whose lr is smaller, need more to sort out the last features.
         """
         price = 1e-3 / self.features / (self.density * self.features) ** 0.5
         config = vpd.Config(
             seed=seed,
+            steps=3000 if self.features < 20 else 5000,
             lr=0.04 / max(self.features, self.dimensions) ** 0.5,
             importance=price / 2,
             frequency=price,
