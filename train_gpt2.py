@@ -1421,7 +1421,7 @@ def main() -> None:
             if options.resume and not (folder / "settings.json").exists():
                 raise BadInput(f"{folder} holds no run to resume: leave out --resume, or give its folder with --out")
             if reads or options.resume:
-                settings = json.loads((folder / "settings.json").read_text())
+                settings |= json.loads((folder / "settings.json").read_text())
             elif vpd.rank() == 0 and folder.exists() and any(folder.iterdir()):
                 raise BadInput(f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out")
             elif Path(options.init_from or "-").is_dir():
