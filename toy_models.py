@@ -113,21 +113,23 @@ class Toy:
         """One setting for every toy model; what depends on its size follows from the size.
 
         lr: Adam moves every entry by about lr a step, and those of V start at 1 / sqrt(d_in). Much less, and subcomponents that do
-        the same do not merge in time. Price: MSE is a mean over N outputs, a feature's share in it 1/N. The root: what serves all
-        features, like the identity, is charged whenever any is present; the more are present at once, the sooner it comes apart into
-        pieces that are needed more rarely (64 of them for 10 on tms_40-10-id, without the root). price_start: from a high price
-        down, a feature is more often found as one part, and seldom ends as the sum of its two neighbours' parts. steps: the larger
-        models, whose lr is smaller, need more to sort out the last features.
+        the same do not merge in time. Prices: MSE is a mean over N outputs, a feature's share in it 1/N. price_start: from a
+        high price down, a feature is more often found as one part, and seldom ends as the sum of its two neighbours' parts.
         """
-        price = 1e-3 / self.features / (self.density * self.features) ** 0.5
         config = vpd.Config(
             seed=seed,
-            steps=3000 if self.features < 20 else 5000,
             lr=0.04 / max(self.features, self.dimensions) ** 0.5,
-            importance=price / 2,
-            frequency=price,
-            price_start=6.0,
+            importance=1e-4 / self.features,
+            frequency=2e-3 / self.features,
+            price_start=7.5,
         )
+        if self.identity:
+            # It is needed, and charged, whenever any feature is present. At the price above, that of tms_40-10-id comes apart into
+            # 64 pieces that are needed more rarely: hence a lower one, the more features are present at once. (Not for all models:
+            # with it, tms_40-10 finds 39 features of 40.)
+            price = 1e-3 / self.features / (self.density * self.features) ** 0.5
+            steps = 3000 if self.features < 20 else 5000
+            config = dataclasses.replace(config, importance=price / 2, frequency=price, price_start=6.0, steps=steps)
         return dataclasses.replace(config, **{without: 0.0}) if without else config
 
     def C(self) -> dict[str, int]:
