@@ -1332,7 +1332,7 @@ def compare(run: Run, folder: Path) -> str:
         raise BadInput(f"{folder} holds no finished decomposition: compare with a run that has one")
     other = target_and_decomposition(json.loads((folder / "settings.json").read_text()), folder, run.device)
     mine, others = run.model.state_dict(), other.model.state_dict()
-    if any(x.shape != others[name].shape or not x.equal(others[name]) for name, x in mine.items()):
+    if mine.keys() != others.keys() or any(x.shape != others[name].shape or not x.equal(others[name]) for name, x in mine.items()):
         raise BadInput(f"{folder} decomposes another target: make a run on this one's with --init-from {run.folder}")
     lines, found = ["mean largest cosine   before training: U, V, product    trained: U, V, product"], {"other": str(folder)}
     for name, one, two in zip(("trained", "untrained"), alive_and_untrained(run), alive_and_untrained(other)):

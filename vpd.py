@@ -16,7 +16,7 @@ combination -- also one chosen by an adversary -- without changing the output. R
     7  The training step
     8  decompose: checks, faithfulness warm-up, the loop, checkpoints
     9  Evaluation: how we know that it worked
-   10  Reading a decomposition: attribution graphs, pruning to one behaviour
+   10  Reading a decomposition: attribution graphs, pruning to one behaviour, comparing two
 
 Shapes: B = batch, T = positions in a sequence (absent for models without one), C = subcomponents of a matrix, L = number of
 decomposed matrices. "..." stands for all positions: (B,) or (B, T). Every dict is keyed by the path of the matrix in the
