@@ -110,7 +110,7 @@ class Toy:
         return feature_batch(n, self.features, self.density, -1.0 if self.layers else 0.0, generator)
 
     def config(self, seed: int, without: str | None) -> vpd.Config:
-        """One setting for every toy model; what depends on its size follows from the size.
+        """One setting for every toy model, but for a lower price with an identity; what depends on its size follows from the size.
 
         lr: Adam moves every entry by about lr a step, and those of V start at 1 / sqrt(d_in). Much less, and subcomponents that do
         the same do not merge in time. Prices: MSE is a mean over N outputs, a feature's share in it 1/N. price_start: from a

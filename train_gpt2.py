@@ -348,6 +348,8 @@ class Preset:
     config: vpd.Config
 
 
+ALL = {"lr_final": 0.1, "p_end": 0.4, "G": "transformer"}  # what the presets have in common, as published
+
 PRESETS = {
     "laptop": Preset(
         Shape(layers=2, width=64, heads=4, context=64, vocabulary=1024),
@@ -355,9 +357,7 @@ PRESETS = {
         target_steps=10_000,
         target_lr=3e-3,
         C={"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
-        config=vpd.Config(
-            steps=5000, lr=7e-3, lr_final=0.1, clip_UV=0.1, importance=6.5e-4, frequency=3.5e-4, delta=1e6, p_end=0.4, G="transformer"
-        ),
+        config=vpd.Config(steps=5000, lr=7e-3, clip_UV=0.1, importance=6.5e-4, frequency=3.5e-4, delta=1e6, **ALL),
     ),
     # About an hour on one GPU of the H100 class, by its operations; not measured.
     "gpu": Preset(
@@ -367,19 +367,7 @@ PRESETS = {
         target_lr=1e-3,
         C={"attn.q": 256, "attn.k": 256, "attn.v": 512, "attn.o": 512, "mlp.up": 1024, "mlp.down": 1024},
         config=vpd.Config(
-            steps=20_000,
-            lr=5e-4,
-            lr_final=0.1,
-            clip_UV=0.1,
-            importance=5e-4,
-            frequency=2.5e-4,
-            delta=1e6,
-            p_end=0.4,
-            G="transformer",
-            G_width=512,
-            G_blocks=4,
-            G_heads=8,
-            bf16=True,
+            steps=20_000, lr=5e-4, clip_UV=0.1, importance=5e-4, frequency=2.5e-4, delta=1e6, G_width=512, G_blocks=4, G_heads=8, bf16=True, **ALL
         ),
     ),
     # The published run ([VPD]; its target was trained elsewhere). 8 GPUs, days; not measured.
@@ -389,21 +377,8 @@ PRESETS = {
         target_steps=100_000,
         target_lr=6e-4,
         C={"attn.q": 512, "attn.k": 512, "attn.v": 1024, "attn.o": 1024, "mlp.up": 3072, "mlp.down": 3584},
-        config=vpd.Config(
-            steps=400_000,
-            lr=5e-5,
-            lr_final=0.1,
-            clip_UV=0.01,
-            clip_G=math.inf,
-            importance=2e-4,
-            frequency=1e-4,
-            delta=1e7,
-            p_end=0.4,
-            G="transformer",
-            G_width=2048,
-            G_blocks=8,
-            G_heads=16,
-            bf16=True,
+        config=vpd.Config(  # clip_UV as in vpd.Config
+            steps=400_000, lr=5e-5, clip_G=math.inf, importance=2e-4, frequency=1e-4, delta=1e7, G_width=2048, G_blocks=8, G_heads=16, bf16=True, **ALL
         ),
     ),
 }
@@ -655,7 +630,7 @@ def adopted(source: Path, folder: Path) -> dict:
         settings = json.loads((source / "settings.json").read_text())
     except (OSError, ValueError):
         settings = {}
-    if not (source / "target.pt").exists() and not settings.get("init_from"):
+    if not {"preset", "data", "init_from"} <= settings.keys() or not (settings["init_from"] or (source / "target.pt").exists()):
         raise BadInput(f"{source} is no run with a finished target: give the folder of one, or a pytorch_model.bin of GPT-2")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("target.pt", "tokenizer.json", "tokens.npy"):
@@ -703,8 +678,7 @@ def target_and_decomposition(settings: dict, folder: Path, device: str) -> Run:
             with vpd.replacing(folder / "settings.json") as file:
                 file.write(json.dumps(settings).encode())
     model.to(device)
-    C = {kind: max(1, round(number * settings["C"])) for kind, number in preset.C.items()}
-    C = {f"h.{i}.{kind}": number for i in range(model.shape.layers) for kind, number in C.items()}
+    C = {f"h.{i}.{kind}": max(1, round(number * settings["C"])) for i in range(model.shape.layers) for kind, number in preset.C.items()}
     finished = (folder / "metrics.json").exists()
     if settings["preset"] != "laptop" and not device.startswith("cuda") and vpd.rank() == 0 and not finished:
         steps, per_step = preset.config.steps, preset.batch * shape.context * operations(model, C, preset.config)
@@ -1412,7 +1386,7 @@ def main() -> None:
         if not 0 <= options.seed < 10**9:
             raise BadInput(f"the seed is {options.seed}: it must be at least 0 and under a billion")
         if options.steps < 0 or not 0 < options.C <= 100:
-            raise BadInput(f"--steps {options.steps} --C {options.C:g}: steps must be above 0, and C (a factor) above 0 and at most 100")
+            raise BadInput(f"--steps {options.steps} --C {options.C:g}: steps must be at least 1 (0: the preset's), and C (a factor) above 0 and at most 100")
         if reads and vpd.processes() > 1:
             raise BadInput("a run is read by one process: leave out torchrun")
         with vpd.rank_0_first():
