@@ -109,7 +109,7 @@ class Toy:
         """(n, features) inputs, with the density and range of values that this kind of model is trained on."""
         return feature_batch(n, self.features, self.density, -1.0 if self.layers else 0.0, generator)
 
-    def config(self, seed: int, without: str | None) -> vpd.Config:
+    def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
         """One setting for every toy model, but for a lower price with an identity; what depends on its size follows from the size.
 
         lr: Adam moves every entry by about lr a step, and those of V start at 1 / sqrt(d_in). Much less, and subcomponents that do
@@ -130,7 +130,7 @@ class Toy:
             price = 1e-3 / self.features / (self.density * self.features) ** 0.5
             steps = 3000 if self.features < 20 else 5000
             config = dataclasses.replace(config, importance=price / 2, frequency=price, price_start=6.0, steps=steps)
-        return dataclasses.replace(config, **{without: 0.0}) if without else config
+        return dataclasses.replace(config, **dict.fromkeys(without, 0.0))
 
     def C(self) -> dict[str, int]:
         """Subcomponents per matrix: several times what the truth needs. On TMS, with half as many some features share one."""
@@ -362,7 +362,7 @@ def table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def run(name: str, seed: int, out: Path, without: str | None, device: str, published: bool) -> dict:
+def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, published: bool) -> dict:
     """Train, decompose, score and draw one toy model; returns what is saved in metrics.json."""
     toy = parse_name(name, published)
     config = toy.config(seed, without)
@@ -390,12 +390,12 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="tms_5-2", help="default: tms_5-2")
     parser.add_argument("--seed", type=int, default=0, help="fixes the target, its data and the decomposition (default: 0)")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL, and what differs from the default run)")
-    parser.add_argument("--without", choices=LOSSES, help="train without this loss")
+    parser.add_argument("--without", nargs="+", choices=LOSSES, default=(), metavar="LOSS", help=f"train without: {', '.join(LOSSES)}")
     parser.add_argument("--device", default=vpd.best_device(), help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--published", action="store_true", help="residual MLP in the published size, much slower")
     options = parser.parse_args()
     torch.set_num_threads(1)  # these matrices are too small for more to pay, and results do not depend on the machine's cores
-    differs = f"-seed-{options.seed}" * (options.seed != 0) + f"-without-{options.without}" * bool(options.without)
+    differs = f"-seed-{options.seed}" * (options.seed != 0) + "".join(f"-without-{loss}" for loss in options.without)
     out = options.out or Path("runs") / (options.model + differs + "-published" * options.published)
     try:
         metrics = run(options.model, options.seed, out, options.without, options.device, options.published)

@@ -357,7 +357,10 @@ PRESETS = {
         target_steps=10_000,
         target_lr=3e-3,
         C={"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
-        config=vpd.Config(steps=5000, lr=7e-3, clip_UV=0.1, importance=6.5e-4, frequency=3.5e-4, delta=1e6, **ALL),
+        # One inner ascent step, not two: a step is 14 % cheaper, and over so many the adversary goes as far.
+        config=vpd.Config(
+            steps=6500, lr=7e-3, clip_UV=0.1, importance=6.5e-4, frequency=3.5e-4, delta=1e6, adversary_steps=1, **ALL
+        ),
     ),
     # About an hour on one GPU of the H100 class, by its operations; not measured.
     "gpu": Preset(

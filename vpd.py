@@ -161,7 +161,7 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
 
 def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Tensor, mask: Tensor) -> Tensor:
     """One matrix under a mask (..., C + 1): its input x (..., d_in) and plain output (..., d_out) to its masked output."""
-    m, m_delta = mask[..., :-1], mask[..., -1:]  # (..., C), (..., 1)
+    m, m_delta = mask.split([V.shape[1], 1], -1)  # (..., C), (..., 1)
     Wx = output if module.bias is None else output - module.bias
     # output + (m_delta - 1) Wx, and not m_delta Wx + bias: exact, to the last bit, where m_delta = 1
     return output + (m_delta - 1) * Wx + ((m - m_delta) * (x @ V)) @ U

@@ -92,7 +92,7 @@ def test_the_default_run_finds_the_five_mechanisms_of_tms_5_2(tmp_path):
     torch.set_num_threads(1)
     toy = toy_models.parse_name("tms_5-2")
     model, _ = toy_models.target_of_run(toy, 0, toy.target_steps(False), tmp_path, "cpu")
-    decomposition = vpd.decompose(model, toy.C(), toy.batch, vpd.mse, toy.config(0, None))
+    decomposition = vpd.decompose(model, toy.C(), toy.batch, vpd.mse, toy.config(0))
     metrics = vpd.evaluate(model, decomposition, [toy.batch(torch.Generator().manual_seed(1), 4_000)], vpd.mse)
     drawn = toy_models.score(toy, model, decomposition, metrics)
     for path in ("W", "WT"):
