@@ -102,15 +102,19 @@ class Toy:
 
     @property
     def density(self) -> float:
-        """The probability with which a feature is present."""
-        return 0.01 if self.layers else 0.05
+        """The probability with which a feature is present. Residual MLP: one on average, as with the paper's 100 features at 0.01."""
+        return 1 / self.features if self.layers else 0.05
 
-    def batch(self, generator: torch.Generator, n: int = 256) -> Tensor:
-        """(n, features) inputs, with the density and range of values that this kind of model is trained on."""
+    def batch(self, generator: torch.Generator, n: int | None = None) -> Tensor:
+        """(n, features) inputs, with the density and range of values that this kind of model is trained on.
+
+        n: by default as many as a step of the decomposition takes. With 256, more features of a residual MLP share a subcomponent.
+        """
+        n = n or (512 if self.layers else 256)
         return feature_batch(n, self.features, self.density, -1.0 if self.layers else 0.0, generator)
 
     def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
-        """One setting for every toy model, but for a lower price with an identity; what depends on its size follows from the size.
+        """The setting of a toy model: one for each kind; what depends on its size follows from the size.
 
         lr: Adam moves every entry by about lr a step, and those of V start at 1 / sqrt(d_in). Much less, and subcomponents that do
         the same do not merge in time. Prices: MSE is a mean over N outputs, a feature's share in it 1/N. price_start: from a
@@ -130,6 +134,18 @@ class Toy:
             price = 1e-3 / self.features / (self.density * self.features) ** 0.5
             steps = 3000 if self.features < 20 else 5000
             config = dataclasses.replace(config, importance=price / 2, frequency=price, price_start=6.0, steps=steps)
+        if self.layers:
+            # Columns of W_in with a cosine of 0.5 and more are easily written by one subcomponent for two features, which training
+            # seldom parts again. What keeps them apart: one feature per input, large batches (n of `batch`), and a price that
+            # starts higher and ends lower. p must start at 2 (at 1, two features of three shared one); one ascent is enough.
+            config = dataclasses.replace(
+                config,
+                lr=0.07 / self.dimensions**0.5,
+                importance=1.5e-5 / self.features,
+                frequency=3e-4 / self.features,
+                price_start=80.0,
+                adversary_steps=1,
+            )
         return dataclasses.replace(config, **dict.fromkeys(without, 0.0))
 
     def C(self) -> dict[str, int]:
@@ -157,8 +173,8 @@ def parse_name(name: str, published: bool = False) -> Toy:
             return Toy(name, features, dimensions, identity=bool(match[3]))
     if match := re.fullmatch(r"resid_mlp([123])", name):
         layers = int(match[1])
-        features, width, neurons = (100, 1000, 50) if published else (40, 200, 20)
-        return Toy(name, features, width, layers=layers, neurons=neurons // layers)
+        features, width, neurons = (100, 1000, 50 // layers) if published else (40 * layers, 200 * layers, 20)
+        return Toy(name, features, width, layers=layers, neurons=neurons)
     raise vpd.BadInput(f"unknown model {name!r}: there are tms_N-M and tms_N-M-id (N >= M >= 1), resid_mlp1, resid_mlp2, resid_mlp3")
 
 
