@@ -141,9 +141,9 @@ class Toy:
             config = dataclasses.replace(
                 config,
                 lr=0.07 / self.dimensions**0.5,
-                importance=1.5e-5 / self.features,
-                frequency=3e-4 / self.features,
-                price_start=80.0,
+                importance=1e-5 / self.features,
+                frequency=2e-4 / self.features,
+                price_start=120.0,
                 adversary_steps=1,
             )
         return dataclasses.replace(config, **dict.fromkeys(without, 0.0))
