@@ -64,6 +64,12 @@ def test_residual_mlp_computes_its_blocks_on_the_residual_stream():
     torch.testing.assert_close(model.embedding.norm(dim=-1), torch.ones(toy.features))
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_published_residual_mlps_have_the_size_and_density_of_the_paper(layers):
+    toy = toy_models.parse_name(f"resid_mlp{layers}", published=True)
+    assert (toy.features, toy.dimensions, toy.neurons * layers, toy.density) == (100, 1000, 50, 0.01)
+
+
 def test_features_are_present_with_their_density_and_range():
     x = toy_models.feature_batch(20_000, 5, 0.05, -1.0, torch.Generator().manual_seed(0))
     present = x[x != 0]
