@@ -122,7 +122,7 @@ class Toy:
         """
         config = vpd.Config(
             seed=seed,
-            lr=0.04 / max(self.features, self.dimensions) ** 0.5,
+            lr=0.04 / self.features**0.5,
             importance=1e-4 / self.features,
             frequency=2e-3 / self.features,
             price_start=7.5,

@@ -74,7 +74,7 @@ class Config:
 
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything, bit for bit on CPU
-    lr: float = 3e-3  # [5e-5] AdamW, for U, V and G, cosine decay; on TMS 0.04 / sqrt(largest d_in) serves every size
+    lr: float = 3e-3  # [5e-5] AdamW, for U, V and G, cosine decay; on TMS 0.04 / sqrt(features) serves every size
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end
     warmup_steps: int = 400  # [400] faithfulness warm-up: Delta-L2 alone, U and V only, lr 1e-3
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together
