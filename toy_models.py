@@ -135,9 +135,9 @@ class Toy:
             steps = 3000 if self.features < 20 else 5000
             config = dataclasses.replace(config, importance=price / 2, frequency=price, price_start=6.0, steps=steps)
         if self.layers:
-            # Columns of W_in with a cosine of 0.5 and more are easily written by one subcomponent for two features, which training
-            # seldom parts again. What keeps them apart: one feature per input, large batches (n of `batch`), and a price that
-            # starts higher and ends lower. p must start at 2 (at 1, two features of three shared one); one ascent is enough.
+            # Two features whose columns of W_in have a cosine of 0.5 and more easily come to share a subcomponent, and training
+            # seldom parts them again. What keeps them apart: large batches (n of `batch`), a price that starts high, and p from 2
+            # (from 1, a third of the features was found). What finds the weak columns: a price that ends low. Trials: README.
             config = dataclasses.replace(
                 config,
                 lr=0.07 / self.dimensions**0.5,
