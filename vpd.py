@@ -517,24 +517,26 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
             loss = adversarial_reconstruction(model, *fixed, batch, target, divergence, sources)
             ascend(training.ascent, torch.autograd.grad(loss, r))
 
-        # The five losses
-        losses = {}
+        # The reconstruction losses. The gradient of each is taken as soon as it is known, and ends at a copy of g that is cut off
+        # from G: so only one graph of masked weights is in memory at a time. Later G is gone through once, with the sum.
+        for x in UV + G_parameters + r:
+            x.grad = None
+        losses, cut = {}, {path: x.detach().requires_grad_() for path, x in g.items()}
         if config.stochastic:
-            losses["stochastic"] = stochastic_reconstruction(model, U, V, g, batch, target, divergence, noise)
+            losses["stochastic"] = stochastic_reconstruction(model, U, V, cut, batch, target, divergence, noise)
+            torch.autograd.backward(config.stochastic * losses["stochastic"], inputs=[*UV, *cut.values()])
         if config.adversarial:
-            losses["adversarial"] = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
+            losses["adversarial"] = adversarial_reconstruction(model, U, V, cut, batch, target, divergence, sources)
+            torch.autograd.backward(config.adversarial * losses["adversarial"], inputs=[*UV, *cut.values(), *r])
     S, positions = importance_sums(z, p)
     S, all_positions = global_sum(S), positions * processes()
     losses["importance"] = importance_minimality(S, all_positions)
     losses["frequency"] = frequency_minimality(S, all_positions)
     losses["delta"] = delta_l2(model, U, V)
-
-    # One backward pass: U, V and G go down, and the sources go up the gradient of the same evaluation
-    for x in UV + G_parameters + r:
-        x.grad = None
-    coefficients = {name: getattr(config, name) * (price if name in ("importance", "frequency") else 1) for name in losses}
-    total = sum(coefficients[name] * loss for name, loss in losses.items())
-    torch.autograd.backward(total, inputs=UV + G_parameters + (r if config.adversarial else []))
+    rest = price * config.importance * losses["importance"] + price * config.frequency * losses["frequency"] + config.delta * losses["delta"]
+    reconstruction = [(x, cut[path].grad) for path, x in g.items() if cut[path].grad is not None]
+    torch.autograd.backward([rest, *(x for x, _ in reconstruction)], [None, *(grad for _, grad in reconstruction)], inputs=UV + G_parameters)
+    losses = {name: x.detach() for name, x in losses.items()}
     average([x.grad for x in UV + G_parameters])  # over processes; the sources are each one's own
     l0 = {"L0": sum((score > 0).sum() for score in z.values()) / positions}
     norms = {
