@@ -123,8 +123,8 @@ class Toy:
         config = vpd.Config(
             seed=seed,
             lr=0.04 / self.features**0.5,
-            importance=1e-4 / self.features,
-            frequency=2e-3 / self.features,
+            w_importance=1e-4 / self.features,
+            w_frequency=2e-3 / self.features,
             price_start=7.5,
         )
         if self.identity:
@@ -133,7 +133,7 @@ class Toy:
             # with it, tms_40-10 finds 39 features of 40.)
             price = 1e-3 / self.features / (self.density * self.features) ** 0.5
             steps = 3000 if self.features < 20 else 5000
-            config = dataclasses.replace(config, importance=price / 2, frequency=price, price_start=6.0, steps=steps)
+            config = dataclasses.replace(config, w_importance=price / 2, w_frequency=price, price_start=6.0, steps=steps)
         if self.layers:
             # Two features whose columns of W_in have a cosine of 0.5 and more easily come to share a subcomponent, and training
             # seldom parts them again. What keeps them apart: large batches (n of `batch`), a price that starts high, and p from 2
@@ -141,12 +141,12 @@ class Toy:
             config = dataclasses.replace(
                 config,
                 lr=0.07 / self.dimensions**0.5,
-                importance=1e-5 / self.features,
-                frequency=2e-4 / self.features,
+                w_importance=1e-5 / self.features,
+                w_frequency=2e-4 / self.features,
                 price_start=120.0,
                 adversary_steps=1,
             )
-        return dataclasses.replace(config, **dict.fromkeys(without, 0.0))
+        return dataclasses.replace(config, **{f"w_{loss}": 0.0 for loss in without})
 
     def C(self) -> dict[str, int]:
         """Subcomponents per matrix: several times what the truth needs. On TMS, with half as many some features share one."""

@@ -348,7 +348,7 @@ class Preset:
     config: vpd.Config
 
 
-ALL = {"lr_final": 0.1, "p_end": 0.4, "G": "transformer"}  # what the presets have in common, as published
+ALL = {"lr_final": 0.1, "p_end": 0.4, "G_type": "transformer"}  # what the presets have in common, as published
 
 PRESETS = {
     "laptop": Preset(
@@ -359,7 +359,7 @@ PRESETS = {
         C={"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
         # One inner ascent step, not two: a step is 14 % cheaper, and over so many the adversary goes as far.
         config=vpd.Config(
-            steps=6500, lr=7e-3, clip_UV=0.1, importance=6.5e-4, frequency=3.5e-4, delta=1e6, adversary_steps=1, **ALL
+            steps=6500, lr=7e-3, clip_UV=0.1, w_importance=6.5e-4, w_frequency=3.5e-4, w_delta=1e6, adversary_steps=1, **ALL
         ),
     ),
     # About an hour on one GPU of the H100 class, by its operations; not measured.
@@ -370,7 +370,7 @@ PRESETS = {
         target_lr=1e-3,
         C={"attn.q": 256, "attn.k": 256, "attn.v": 512, "attn.o": 512, "mlp.up": 1024, "mlp.down": 1024},
         config=vpd.Config(
-            steps=20_000, lr=5e-4, clip_UV=0.1, importance=5e-4, frequency=2.5e-4, delta=1e6, G_width=512, G_blocks=4, G_heads=8, bf16=True, **ALL
+            steps=20_000, lr=5e-4, clip_UV=0.1, w_importance=5e-4, w_frequency=2.5e-4, w_delta=1e6, G_width=512, G_blocks=4, G_heads=8, bf16=True, **ALL
         ),
     ),
     # The published run ([VPD]; its target was trained elsewhere). 8 GPUs, days; not measured.
@@ -381,7 +381,7 @@ PRESETS = {
         target_lr=6e-4,
         C={"attn.q": 512, "attn.k": 512, "attn.v": 1024, "attn.o": 1024, "mlp.up": 3072, "mlp.down": 3584},
         config=vpd.Config(  # clip_UV as in vpd.Config
-            steps=400_000, lr=5e-5, clip_G=math.inf, importance=2e-4, frequency=1e-4, delta=1e7, G_width=2048, G_blocks=8, G_heads=16, bf16=True, **ALL
+            steps=400_000, lr=5e-5, clip_G=math.inf, w_importance=2e-4, w_frequency=1e-4, w_delta=1e7, G_width=2048, G_blocks=8, G_heads=16, bf16=True, **ALL
         ),
     ),
 }
@@ -439,7 +439,7 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
             raise BadInput(f"the target's loss is not finite at step {step}: lower target_lr in the preset")
         optimizer.zero_grad()
         loss.backward()
-        vpd.average([parameter.grad for parameter in parameters])
+        vpd.global_mean([parameter.grad for parameter in parameters])
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
@@ -527,7 +527,7 @@ def continuations(model: GPT, decomposition: vpd.Decomposition, prompt: Tensor, 
 
         return logits_of
 
-    models = {"target": model} | {name: masked(name) for name in ("unmasked", "stochastic", "rounded_0", "importance")}
+    models = {"target": model} | {name: masked(name) for name in ("unmasked", "stochastic", "rounded_0", "g")}
     return {name: continued(logits_of, prompt, new, model.shape.context) for name, logits_of in models.items()}
 
 
@@ -545,8 +545,9 @@ def measure(model: GPT, decomposition: vpd.Decomposition, batches: list[Tensor],
     Bits per byte need the tokenizer, compute recovered needs the curve of the target's training (empty: left out).
     """
     found = vpd.evaluate(model, decomposition, batches, vpd.kl, seed, cross_entropy)
-    above = found.pop("loss")
-    ce, bits_per_byte = above.pop("target"), None
+    losses = found.pop("loss")
+    ce, bits_per_byte = losses.pop("target"), None
+    above = {masking: loss - ce for masking, loss in losses.items()}
     if tokenizer:
         ids = torch.cat([batch.flatten() for batch in batches]).tolist()
         bits_per_byte = ce / math.log(2) * len(ids) / sum(len(tokenizer.bytes[i]) for i in ids)

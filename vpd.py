@@ -4,29 +4,46 @@ Every chosen weight matrix W of a frozen *target model* is written as a sum of r
 
     W = sum_c U_c V_c^T + Delta,
 
-trained so that on any one input only a few subcomponents matter, and the rest can be ablated, fully or partly, in any
-combination -- also one chosen by an adversary -- without changing the output. Read from top to bottom:
+trained so that on any one input only a few subcomponents matter, and the others can be ablated there, fully or partly,
+in any combination, without changing the output. In pseudo-code:
 
-    1  Settings
-    2  Subcomponents, and the forward pass with masked weights
-    3  Causal importances: from raw scores to masks
-    4  Causal importance functions: who predicts the scores
-    5  The five losses
-    6  The adversary
-    7  The training step
-    8  decompose: checks, faithfulness warm-up, the loop, checkpoints
-    9  Evaluation: how we know that it worked
-   10  Reading a decomposition: attribution graphs, pruning to one behaviour, comparing two
+    for batch in data:
+        target = model(batch)                            # on the way, x: the inputs of all matrices
+        g = G(x)                                         # causal importances in [0, 1], at each position
+        r = random numbers, or an adversary's, in [0, 1] # sources
+        m = g + (1 - g) * r                              # masks
+        output = model(batch) with every W replaced by sum_c m_c U_c V_c^T + m_Delta Delta
+        loss = difference(target, output)                # for the random r, and for the adversary's r
+             + how many g are above 0, and how often     # few subcomponents matter, and each does one small thing
+             + mean(Delta^2)                             # the subcomponents make up W
+        U, V and G step down the gradient of the loss; the adversary's r steps up
 
-Shapes: B = batch, T = positions in a sequence (absent for models without one), C = subcomponents of a matrix, L = number of
-decomposed matrices. "..." stands for all positions: (B,) or (B, T). Every dict is keyed by the path of the matrix in the
-model, as in `model.get_submodule(path)`.
+One mask by hand: three subcomponents have importances g = (1, 0.8, 0) and sources r = (0.3, 0.25, 0.3). Their masks are
+m = (1, 0.85, 0.3). The first is needed: it stays whole, whatever its source. The second can lose at most a fifth of
+itself, here 0.8 + 0.2 * 0.25 = 0.85. The third is not needed: its mask is its source.
 
-The method is that of "Interpreting Language Model Parameters" (Bushnaq et al., 2026), cited below as [VPD]; it builds on
-"Stochastic Parameter Decomposition" (arXiv 2506.20790), cited as [SPD].
+Read from top to bottom; a learner can stop at the end of section 9:
 
-Not here, on purpose: matrices that are not `nn.Linear` (embeddings, convolutions), clustering of subcomponents into larger
-components, experiment trackers, and any knowledge of which model is being decomposed.
+    1  Subcomponents: the forward pass with masked weights
+    2  From scores to masks: the two hard sigmoids, masks, subset routing
+    3  Causal importance functions: who predicts the scores
+    4  The five losses
+    5  The adversary
+    6  Settings, and the training step: the heart
+    7  decompose: the warm-up and the loop
+    8  Evaluation: how we know that it worked
+    9  Reading a decomposition: attribution graphs, pruning to one behaviour, comparing two decompositions
+   10  Running it: several processes, checks, the run folder, checkpoints, progress, pictures
+
+Shapes: B = batch, T = positions in a sequence (models without sequences have none), C = subcomponents of a matrix,
+L = number of decomposed matrices. "..." stands for all positions: (B,) or (B, T). The key of every dict is the path of
+a matrix in the model, as in `model.get_submodule(path)`.
+
+The method is that of "Interpreting Language Model Parameters" (Bushnaq et al., 2026), cited below as [VPD]. It builds
+on "Stochastic Parameter Decomposition" (arXiv 2506.20790), cited as [SPD]. The tag `ours:` marks what departs from them.
+
+Not here, on purpose: matrices that are not `nn.Linear` (embeddings, convolutions), clustering of subcomponents into
+larger components, experiment trackers, and any knowledge of which model is being decomposed.
 """
 
 from __future__ import annotations
@@ -35,6 +52,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -43,99 +61,41 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ALIVE = 1e-6  # a subcomponent is alive if its mean causal importance over the evaluation set exceeds this (as in [VPD])
-
-Divergence = Callable[[Tensor, Tensor], Tensor]  # (target output, masked output) -> scalar, averaged over positions
+Divergence = Callable[[Tensor, Tensor], Tensor]  # (target output, masked output) -> scalar, a mean over positions
 
 
-class BadInput(ValueError):
-    """Something the user can put right. The message is one line: what was wrong, and what to do."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 1  Settings
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Config:
-    """All settings of a decomposition. In brackets: the value of the published 4-layer language model run.
-
-    To adapt to a new model, tune in this order: importance, lr, adversary_lr, frequency, the C given to `decompose`, delta.
-    G is the causal importance function (section 4), U and V are the subcomponents (section 2).
-    """
-
-    steps: int = 3000  # [400,000] training steps
-    seed: int = 0  # fixes everything, bit for bit on CPU
-    lr: float = 3e-3  # [5e-5] AdamW, for U, V and G, cosine decay; on TMS 0.04 / sqrt(features) serves every size
-    lr_final: float = 0.0  # [0.1] the share of lr that is left at the end
-    warmup_steps: int = 400  # [400] faithfulness warm-up: Delta-L2 alone, U and V only, lr 1e-3
-    clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together
-    clip_G: float = 1.0  # [none] the same for G: as p falls below 1 its gradient can explode
-
-    # Coefficients of the five losses. The two reconstruction losses are not computed where theirs is 0.
-    stochastic: float = 0.5  # [0.5]
-    adversarial: float = 0.5  # [0.5]
-    importance: float = 1e-4  # [2e-4] too high: importances fall below 1, reconstruction collapses; too low: all active
-    frequency: float = 2e-3  # [1e-4] its logarithm grows with the batch: retune it when the batch changes much
-    price_start: float = 1.0  # [1] importance and frequency start this many times higher and decay geometrically to the above
-    delta: float = 0.5  # [1e7] too high: subcomponents do not merge (on tms_5-2, 100 times this left most alive)
-
-    p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
-    p_end: float = 0.5  # [0.4]
-    adversary_lr: float = 0.01  # [0.01] Adam ascent on the sources, after a linear warm-up over 2.5 % of the run
-    adversary_steps: int = 2  # [2] inner ascent steps; one more comes free with the main backward pass
-
-    # The causal importance function: "mlp" for inputs without a sequence, "transformer" for sequences.
-    G: str = "mlp"  # [transformer]
-    G_width: int = 128  # [2048] the transformer's width: more than the target's residual stream
-    G_blocks: int = 2  # [8] the transformer's depth: 0.5 to 2 times the target's
-    G_heads: int = 4  # [16] the transformer's attention heads
-
-    bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs; the losses stay in float32
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2  Subcomponents, and the forward pass with masked weights
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- 1  Subcomponents: the forward pass with masked weights ---------------------------------------------------------
 
 @contextlib.contextmanager
-def _hooked(model: nn.Module, hooks: dict[str, Callable]):
-    """Attach a forward hook to each path, and take all of them off again whatever happens in between."""
-    handles = []
-    try:
-        for path, hook in hooks.items():
-            handles.append(model.get_submodule(path).register_forward_hook(hook))
+def _hooked(model: nn.Module, paths, hook: Callable):
+    """Within, hook(path, module, args, output) follows each path's forward pass. No hook stays, whatever happens."""
+    with contextlib.ExitStack() as handles:
+        for path in paths:
+            handles.enter_context(model.get_submodule(path).register_forward_hook(functools.partial(hook, path)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
 def forward_with_inputs(model: nn.Module, paths, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The target model as it is: its output, and the input (..., d_in) of every decomposed matrix."""
+    """The plain forward pass: the target model's output, and the input (..., d_in) of every matrix in `paths`."""
     inputs = {}
 
-    def recorder(path):
-        def hook(module, args, output):
-            if path in inputs:
-                raise BadInput(f"{path} runs more than once in a forward pass; only matrices that run once can be decomposed")
-            inputs[path] = args[0]
+    def record(path, module, args, output):
+        if path in inputs:
+            raise BadInput(f"{path} runs twice in a forward pass: only matrices that run once can be decomposed")
+        inputs[path] = args[0]
 
-        return hook
-
-    with _hooked(model, {path: recorder(path) for path in paths}):
+    with _hooked(model, paths, record):
         output = model(batch)
-    return output, {path: inputs[path] for path in paths if path in inputs}  # in the order of `paths`
+    # in the order of `paths`, not in which they ran; a matrix that did not run is left out, and `check` names it
+    return output, {path: inputs[path] for path in paths if path in inputs}
 
 
 def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor], batch: Tensor) -> Tensor:
@@ -148,28 +108,33 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
 
         W'(m) x = m_Delta W x + sum_c (m_c - m_Delta) U_c V_c^T x
 
-    so a mask of ones gives exactly the target: that is how a position is left out of the decomposition.
+    A mask of ones gives exactly the target: that is how a position is left out of the decomposition.
     The model's parameters are not touched; the masks live only in the hooks of this one call.
     """
 
-    def replacer(path):
-        return lambda module, args, output: masked_linear(module, args[0], output, U[path], V[path], masks[path])
+    def replace(path, module, args, output):
+        return masked_linear(module, args[0], output, U[path], V[path], masks[path])
 
-    with _hooked(model, {path: replacer(path) for path in masks}):
+    with _hooked(model, masks, replace):
         return model(batch)
 
 
 def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Tensor, mask: Tensor) -> Tensor:
-    """One matrix under a mask (..., C + 1): its input x (..., d_in) and plain output (..., d_out) to its masked output."""
+    """One matrix under a mask (..., C + 1): from its input x (..., d_in) and plain output (..., d_out), its masked output."""
     m, m_delta = mask.split([V.shape[1], 1], -1)  # (..., C), (..., 1)
     Wx = output if module.bias is None else output - module.bias
-    # output + (m_delta - 1) Wx, and not m_delta Wx + bias: exact, to the last bit, where m_delta = 1
+    # output + (m_delta - 1) Wx, and not m_delta Wx + bias: so the target comes out to the last bit where the mask is 1
     return output + (m_delta - 1) * Wx + ((m - m_delta) * (x @ V)) @ U
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3  Causal importances: from raw scores to masks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2  From scores to masks ----------------------------------------------------------------------------------------
+#
+# A causal importance function (section 3) gives every subcomponent a raw score z at every position. A hard sigmoid turns
+# it into a causal importance g in [0, 1]: 0 = "can be ablated here, in any combination", 1 = "cannot".
+#
+# There are two hard sigmoids, because two forces act on g and each has to reach a score that has left [0, 1]:
+#   lower_leaky  is used in the masks. Reconstruction raises g: its gradient leaks through where z < 0.
+#   upper_leaky  is used in the minimality losses. They lower g: their gradient leaks through where z > 1.
 
 
 class _LowerLeaky(torch.autograd.Function):
@@ -181,57 +146,70 @@ class _LowerLeaky(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
-        revive = torch.where(grad < 0, 0.01 * grad, 0.0)  # descent would raise g: let a little through
+        revive = torch.where(grad < 0, 0.01 * grad, 0.0)  # descent would raise g: let a hundredth through
         return torch.where(z <= 0, revive, torch.where(z <= 1, grad, 0.0))
 
 
 def lower_leaky(z: Tensor) -> Tensor:
-    """Hard sigmoid clamp(z, 0, 1) for masks, any shape ([VPD] section 2; [SPD] appendix).
+    """The hard sigmoid for masks: clamp(z, 0, 1), any shape ([VPD] section 2; [SPD] appendix).
 
-    Below 0 a hundredth of the gradient passes, and only where descent would raise g: without it a subcomponent at g = 0
-    could never come back; letting it pass both ways would push dead ones ever further down. A straight-through
-    estimator: the masks themselves never leave [0, 1].
+    Below 0 a hundredth of the gradient passes, and only where descent would raise g. Without it, a subcomponent at g = 0
+    could never come back; if it passed both ways, it would push dead subcomponents ever further down. The gradient
+    alone leaks (a straight-through estimator): a mask never leaves [0, 1].
     """
     return _LowerLeaky.apply(z)
 
 
 def upper_leaky(z: Tensor) -> Tensor:
-    """Hard sigmoid for the minimality losses: clamp(z, 0, 1), but with slope 0.01 above 1, any shape.
+    """The hard sigmoid for the minimality losses: clamp(z, 0, 1), but with slope 0.01 above 1, any shape.
 
-    So a causal importance that has saturated at 1 still feels the pressure to come down.
+    So a causal importance that has saturated at 1 can still be brought down.
     """
     return z.clamp(0, 1) + 0.01 * (z - 1).clamp(min=0)
 
 
 def causal_importances(z: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Raw scores (..., C) to causal importances (..., C + 1) in [0, 1]; the last column is Delta's, 0 by definition."""
+    """Scores (..., C) to causal importances g (..., C + 1) in [0, 1]. The last column is Delta's: 0, by definition."""
     return {path: F.pad(lower_leaky(score), (0, 1)) for path, score in z.items()}
 
 
-def make_masks(g: dict[str, Tensor], r: dict[str, Tensor]) -> dict[str, Tensor]:
-    """m = g + (1 - g) r ([VPD] section 2), all (..., C + 1), the sources r in [0, 1].
+def make_masks(g: dict[str, Tensor], sources: dict[str, Tensor]) -> dict[str, Tensor]:
+    """m = g + (1 - g) r ([VPD] section 2), all (..., C + 1); r are the sources, in [0, 1].
 
-    g = 1 pins a mask to 1; g = 0 leaves it to the source: chance (stochastic loss) or an adversary.
+    g = 1 pins a mask to 1. g = 0 leaves it to its source: to chance (stochastic loss) or to an adversary.
     """
-    return {path: g[path] + (1 - g[path]) * r[path] for path in g}
+    return {path: g[path] + (1 - g[path]) * sources[path] for path in g}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4  Causal importance functions: who predicts the scores
+def route(masks: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Subset routing ([VPD] section 4): each position draws k ~ Uniform{1..L}, and k of the L matrices stay masked there.
+
+    The other matrices get masks of ones there, which is the target's own weight. So one loss covers all cases between
+    masking all matrices at once (do errors add up?) and masking one alone (is each of them right by itself?).
+    """
+    L, positions = len(masks), next(iter(masks.values())).shape[:-1]
+    device = generator.device
+    order = torch.rand(*positions, L, generator=generator, device=device).argsort(-1)  # (..., L), a random permutation
+    k = torch.randint(1, L + 1, (*positions, 1), generator=generator, device=device)  # (..., 1)
+    return {path: torch.where((order < k)[..., l, None], m, 1.0) for l, (path, m) in enumerate(masks.items())}
+
+
+# ---- 3  Causal importance functions: who predicts the scores --------------------------------------------------------
 #
-# Both take the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, with U and V, and return raw
-# scores {path: (..., C)}. Which is used is `Config.G`.
-# ---------------------------------------------------------------------------------------------------------------------
+# Both take the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, with U and V, and give
+# raw scores {path: (..., C)}. `Config.G_type` says which is used. Both are made and called in the same way, so each is
+# given something that it does not use: the MLPs no setting, the transformer neither U nor V.
 
 
 class ImportanceMLPs(nn.Module):
     """One tiny MLP (16 GELUs) per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
-    The input is the subcomponent activation ||U_c|| V_c^T x, and not V_c^T x: then a subcomponent whose weights have shrunk to
-    nothing sees nothing and stays off, where it otherwise goes on firing a little on rare inputs. All weights enter by their
-    absolute values, so that a score rises with the activation but for the little dip of GELU: a subcomponent detects one sign of
-    it. Otherwise two features that point in almost opposite directions are often caught by one subcomponent, which training
-    cannot part again. All subcomponents of all matrices are evaluated in two batched matrix products.
+    ours: the input is the activation ||U_c|| V_c^T x, and not V_c^T x. A subcomponent whose weights have shrunk to
+    nothing then sees nothing and stays off; otherwise it goes on firing a little on rare inputs.
+    ours: all weights enter by their absolute values, so a score rises with the activation (but for the dip of GELU), and
+    a subcomponent detects one sign of it. Otherwise one subcomponent often serves two features that point in almost
+    opposite directions, and training cannot part them again.
+    All subcomponents of all matrices are evaluated in two batched matrix products.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
@@ -244,16 +222,18 @@ class ImportanceMLPs(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
 
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> dict[str, Tensor]:
-        norms = {path: U[path].detach().norm(dim=-1) for path in inputs}  # (C,), a scale to read by, not a thing to train
+        # ||U_c|| only sets the scale of the activation: with a gradient, the losses would resize what a subcomponent
+        # writes in order to move its score. V_c is trained: it is what the subcomponent and its MLP both detect.
+        norms = {path: U[path].detach().norm(dim=-1) for path in inputs}  # (C,)
         a = torch.cat([x @ V[path] * norms[path] for path, x in inputs.items()], -1)  # (..., sum C)
         a_by_c = a.reshape(-1, a.shape[-1]).T[..., None]  # (sum C, positions, 1)
         h = F.gelu(torch.baddbmm(self.b_in, a_by_c, self.w_in.abs()))  # (sum C, positions, 16)
         z = torch.baddbmm(self.b_out, h, self.w_out.abs()).squeeze(-1).T.reshape(a.shape)  # (..., sum C)
-        return dict(zip(inputs, z.split(self.sizes, -1)))
+        return dict(zip(inputs, z.float().split(self.sizes, -1)))
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding (RoPE, arXiv 2104.09864), base 10,000. x: (B, heads, T, d) with d even, same shape out."""
+    """Rotary position embedding (RoPE, arXiv 2104.09864), base 10,000. x: (B, heads, T, d), d even; same shape out."""
     T, half = x.shape[-2], x.shape[-1] // 2
     frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(T, device=x.device)[:, None] * frequency  # (T, d / 2)
@@ -283,7 +263,7 @@ class ImportanceBlock(nn.Module):
 
 
 class ImportanceTransformer(nn.Module):
-    """One shared bidirectional transformer over all matrices' inputs ([VPD] section 3). For inputs (B, T, d_in).
+    """One shared bidirectional transformer over all matrices' inputs (B, T, d_in) ([VPD] section 3).
 
     Each input is RMS-normalised, all are concatenated, projected to the width, and read out to all scores at once.
     """
@@ -299,76 +279,66 @@ class ImportanceTransformer(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> dict[str, Tensor]:
         x = torch.cat([F.rms_norm(x, x.shape[-1:]) for x in inputs.values()], -1)  # (B, T, sum d_in)
-        z = self.read_out(self.blocks(self.project(x)))  # (B, T, sum C)
+        # Under autocast a matrix product is bfloat16. float() keeps the residual stream, which each block adds to, and
+        # the scores in float32: rounded to 8 bits, 1 - g and g would not add up to 1.
+        z = self.read_out(self.blocks(self.project(x).float())).float()  # (B, T, sum C)
         return dict(zip(inputs, z.split(self.sizes, -1)))
 
 
 def importance_function(V: dict[str, Tensor], config: Config) -> nn.Module:
     """A new causal importance function for matrices with the read directions V {path: (d_in, C)}."""
-    kind = {"mlp": ImportanceMLPs, "transformer": ImportanceTransformer}[config.G]
-    return kind({path: tuple(v.shape) for path, v in V.items()}, config)
+    function = {"mlp": ImportanceMLPs, "transformer": ImportanceTransformer}[config.G_type]
+    return function({path: tuple(v.shape) for path, v in V.items()}, config)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5  The five losses ([VPD] section 4)
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- 4  The five losses ([VPD] section 4) ---------------------------------------------------------------------------
 
 def mse(target: Tensor, output: Tensor) -> Tensor:
-    """Mean squared error over all entries, for regression. Both (..., d); scalar."""
+    """A divergence for regression: the mean squared error over all entries. Both (..., d); scalar."""
     return F.mse_loss(output.float(), target.float())
 
 
 def kl(target: Tensor, output: Tensor) -> Tensor:
-    """KL(target || output) in nats, averaged over positions, for logits (..., vocabulary); scalar."""
+    """A divergence for logits (..., vocabulary): KL(target || output) in nats, the mean over positions; scalar."""
     target, output = target.float().log_softmax(-1), output.float().log_softmax(-1)
     return F.kl_div(output, target, reduction="none", log_target=True).sum(-1).mean()
 
 
-def route(masks: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Subset routing: at each position on its own, k ~ Uniform{1..L}, and a uniformly random k of the L matrices stay masked.
-
-    The other matrices get masks of ones there, which is the target's own weight. It unifies masking all matrices at once
-    (do errors add up?) and one at a time (is each one right by itself?).
-    """
-    L, some = len(masks), next(iter(masks.values()))
-    order = torch.rand(*some.shape[:-1], L, generator=generator, device=some.device).argsort(-1)  # (..., L), at random
-    k = torch.randint(1, L + 1, (*some.shape[:-1], 1), generator=generator, device=some.device)  # (..., 1)
-    return {path: torch.where((order < k)[..., l, None], m, 1.0) for l, (path, m) in enumerate(masks.items())}
-
-
 def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Divergence, generator) -> Tensor:
-    """Loss 1. Divergence from the target under r ~ U(0, 1) and subset routing: one sample, one forward pass; scalar."""
-    r = {path: torch.rand(x.shape, generator=generator, device=x.device) for path, x in g.items()}
-    return divergence(target, masked_forward(model, U, V, route(make_masks(g, r), generator), batch))
+    """Loss 1. The divergence from the target for sources ~ U(0, 1) under subset routing: one sample; scalar."""
+    sources = {path: torch.rand(x.shape, generator=generator, device=x.device) for path, x in g.items()}
+    return divergence(target, masked_forward(model, U, V, route(make_masks(g, sources), generator), batch))
 
 
 def adversarial_reconstruction(model, U, V, g, batch, target, divergence: Divergence, sources) -> Tensor:
-    """Loss 2. Divergence from the target under the adversary's sources (section 6), all matrices masked; scalar.
+    """Loss 2. The divergence from the target for the adversary's sources (section 5), all matrices masked; scalar.
 
-    (One sentence of the paper's appendix says subset routing here too; its configuration says all matrices, as we do.)
+    (A sentence of [VPD]'s appendix says subset routing here, too. Its configuration says all matrices, as we do.)
     """
     return divergence(target, masked_forward(model, U, V, make_masks(g, sources), batch))
 
 
-def importance_sums(z: dict[str, Tensor], p: float) -> tuple[Tensor, int]:
+def usage(z: dict[str, Tensor], p: float) -> tuple[Tensor, int]:
     """What losses 3 and 4 share: S_c = sum over positions of |g_c|^p, (sum C,), and the number of positions.
 
-    S is a sum over the GLOBAL batch: add the S (and the numbers) of the parts of a split batch before taking the losses.
+    S is defined over the GLOBAL batch. If the batch is split, add up S and the positions of its parts, then take the
+    losses: log2(1 + S) of a part is not the loss of a part.
     """
-    # upper-leaky here, lower-leaky in the masks: above 1 only these losses push (down), below 0 only reconstruction does (up)
     g = torch.cat([upper_leaky(score.float()).flatten(0, -2) for score in z.values()], -1)  # (positions, sum C)
     return (g + 1e-12).pow(p).sum(0), len(g)  # 1e-12: for p < 1 the slope at g = 0 is infinite
 
 
 def importance_minimality(S: Tensor, positions: int) -> Tensor:
-    """Loss 3. |g|^p, summed over subcomponents, averaged over positions; scalar. Few subcomponents on any one input."""
+    """Loss 3. sum_c S_c / positions: |g|^p, summed over subcomponents. It makes few matter on any one input; scalar."""
     return S.sum() / positions
 
 
 def frequency_minimality(S: Tensor, positions: int) -> Tensor:
-    """Loss 4. sum_c S_c log2(1 + S_c) / positions; scalar. Superlinear in how often a subcomponent is used: one that
-    serves two unrelated inputs costs more than two that serve one each."""
+    """Loss 4. sum_c S_c log2(1 + S_c) / positions; scalar.
+
+    It grows faster than the use of a subcomponent: one that serves two unrelated inputs costs more than two that serve
+    one each.
+    """
     return (S * torch.log2(1 + S)).sum() / positions
 
 
@@ -379,27 +349,26 @@ def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
     return sum(squares) / sum(W.numel() for W in weights.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6  The adversary
+# ---- 5  The adversary -----------------------------------------------------------------------------------------------
 #
-# Random sources rarely find the worst ablation; searching for it anew at every step would be too slow. So one tensor of
-# sources persists over the whole training, an entry for each mask at each place in the batch, and every step moves it a
-# little uphill on the reconstruction loss. The data at a place changes from step to step: what such an adversary gets good
-# at is what hurts on many inputs. Its memory: four times the batch's causal importances (value, gradient, Adam's moments).
-# ---------------------------------------------------------------------------------------------------------------------
+# Random sources rarely find the worst ablation; to search for it anew at every step would be too slow. So one tensor of
+# sources persists over the whole training, with an entry for each mask at each place in the batch, and every step moves
+# it a little uphill on the reconstruction loss. The data at a place changes from step to step: such an adversary becomes
+# good at what hurts on many inputs. Its memory: four times the batch's causal importances (value, gradient, two moments).
 
 
-def start_adversary(shapes: dict[str, tuple[int, ...]], device, config: Config) -> tuple[dict[str, Tensor], torch.optim.Adam]:
+def start_adversary(shapes: dict[str, tuple], device, config: Config) -> tuple[dict[str, Tensor], torch.optim.Adam]:
     """Sources ~ U(0, 1) of the given shapes {path: (..., C + 1)}, and the optimizer that moves them uphill."""
     sources = {path: torch.rand(shape).to(device).requires_grad_() for path, shape in shapes.items()}
-    # eps is far below the gradient of one source, which shrinks with the batch that the divergence is averaged over
-    ascent = torch.optim.Adam(sources.values(), lr=config.adversary_lr, betas=(0.5, 0.99), eps=1e-20, maximize=True)
-    return sources, ascent
+    # ours: eps = 1e-20, and not 1e-8. The gradient of one source shrinks with the batch that the divergence is a mean
+    # over; an eps of its size would slow the adversary down on large batches.
+    lr, betas = config.adversary_lr, (0.5, 0.99)
+    return sources, torch.optim.Adam(sources.values(), lr=lr, betas=betas, eps=1e-20, maximize=True)
 
 
 @torch.no_grad()
 def ascend(ascent: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
-    """One step of the adversary along the given gradients of its sources, which then go back into [0, 1]."""
+    """One step of the adversary along the given gradients of its sources, which are then clamped to [0, 1]."""
     (group,) = ascent.param_groups
     for source, gradient in zip(group["params"], gradients):
         source.grad = gradient
@@ -408,9 +377,47 @@ def ascend(ascent: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
         source.clamp_(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7  The training step
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 6  Settings, and the training step: the heart ------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model.
+
+    To adapt to a new model, tune in this order: w_importance, lr, adversary_lr, w_frequency, the C given to `decompose`,
+    w_delta. The *price* of a subcomponent that is on is w_importance and w_frequency together.
+    """
+
+    steps: int = 3000  # [400,000] training steps
+    seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
+    lr: float = 3e-3  # [5e-5] AdamW, for U, V and G; on TMS 0.04 / sqrt(features) serves every size
+    lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, toys end sharper
+    # ours: with 0.999, gradients from when everything was active still damp the last steps that switch things off
+    beta2: float = 0.99  # [0.999] of AdamW
+    warmup_steps: int = 400  # [400] of the faithfulness warm-up: Delta-L2 alone, U and V only, lr 1e-3
+    clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together
+    clip_G: float = 1.0  # [none] largest gradient norm of G; ours: as p falls below 1, its gradient can explode
+
+    # The weights of the five losses. A reconstruction loss with weight 0 is not computed.
+    w_stochastic: float = 0.5  # [0.5]
+    w_adversarial: float = 0.5  # [0.5]
+    w_importance: float = 1e-4  # [2e-4] too high: importances fall below 1, reconstruction collapses; too low: all active
+    w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
+    w_delta: float = 0.5  # [1e7] too high: subcomponents do not merge (on tms_5-2, 100 times this left most alive)
+    # ours: from a high price down, a feature is more often found as one subcomponent
+    price_start: float = 1.0  # [1] w_importance and w_frequency start this many times higher, and decay geometrically
+
+    p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
+    p_end: float = 0.5  # [0.4]
+    adversary_lr: float = 0.01  # [0.01] of the ascent on the sources, after a linear warm-up over 2.5 % of the run
+    adversary_steps: int = 2  # [2] inner ascent steps; one more comes free with the loss's own gradient
+
+    # The causal importance function: "mlp" for inputs without a sequence, "transformer" for sequences.
+    G_type: str = "mlp"  # [transformer]
+    G_width: int = 128  # [2048] the transformer's width: more than the target's residual stream
+    G_blocks: int = 2  # [8] the transformer's depth: 0.5 to 2 times the target's
+    G_heads: int = 4  # [16] the transformer's attention heads
+
+    bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs; everything else stays float32
 
 
 @dataclass
@@ -420,6 +427,7 @@ class Decomposition:
     U: dict[str, Tensor]
     V: dict[str, Tensor]
     G: nn.Module
+    bf16: bool = False  # the precision that G was trained in, and has to be asked in
 
 
 @dataclass
@@ -432,12 +440,430 @@ class Training:
     ascent: torch.optim.Optimizer  # of the sources, uphill
     data: torch.Generator  # for batches, on the CPU
     noise: torch.Generator  # for stochastic sources and routing, on the model's device
-    step: int = 0  # steps done
+    step: int = 0  # steps taken
     seconds: float = 0.0  # spent so far
 
 
-# Under torchrun, several processes train together. Each has its own share of the global batch, its own noise and its own
-# sources; U, V and G are alike on all. Alone, a process is number 0 of 1.
+def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, as constants: no gradient is computed for them."""
+    return {path: x.detach() for path, x in tensors.items()}
+
+
+def precision(device: torch.device | str, bf16: bool):
+    """A context in which matrix products run in bfloat16, if `bf16`, and else in float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+
+def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
+    """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms.
+
+    Peak memory in bytes, beside parameters and model: PEAK.
+    Raises BadInput, before anything but the sources is changed, if a loss or a gradient is not finite.
+    """
+    U, V, G = training.decomposition.U, training.decomposition.V, training.decomposition.G
+    UV, G_parameters, sources = [*U.values(), *V.values()], list(G.parameters()), training.sources
+
+    # Schedules
+    elapsed = training.step / config.steps
+    cosine = 0.5 * (1 + math.cos(math.pi * elapsed))
+    training.optimizer.param_groups[0]["lr"] = config.lr * (config.lr_final + (1 - config.lr_final) * cosine)
+    training.ascent.param_groups[0]["lr"] = config.adversary_lr * min(1, (training.step + 1) / (0.025 * config.steps))
+    p = config.p_start + (config.p_end - config.p_start) * elapsed
+    price = config.price_start ** (1 - elapsed)
+
+    with precision(batch.device, config.bf16):
+        # The target, and what G thinks is needed of it here
+        target, inputs = forward_with_inputs(model, U, batch)
+        z = G(inputs, U, V)  # {path: (..., C)}
+        g = causal_importances(z)  # {path: (..., C + 1)}
+
+        # The adversary's inner ascent: all but the sources is constant, so that no gradient is computed in vain
+        fixed = detached(U), detached(V), detached(g)
+        for _ in range(config.adversary_steps if config.w_adversarial else 0):
+            loss = adversarial_reconstruction(model, *fixed, batch, target, divergence, sources)
+            ascend(training.ascent, torch.autograd.grad(loss, list(sources.values())))
+
+        # total = w_stochastic * loss_stochastic + w_adversarial * loss_adversarial
+        #         + price * (w_importance * loss_importance + w_frequency * loss_frequency) + w_delta * loss_delta
+        # The gradient of each reconstruction loss is taken at once, so that only one of their graphs is in memory at a
+        # time. It ends at `cut`, which is g cut off from G: there the two add up, and G is gone through once, below.
+        for x in [*UV, *G_parameters, *sources.values()]:
+            x.grad = None
+        cut = {path: x.detach().requires_grad_() for path, x in g.items()}
+        loss_stochastic = loss_adversarial = torch.zeros((), device=batch.device)
+        if config.w_stochastic:
+            loss_stochastic = stochastic_reconstruction(model, U, V, cut, batch, target, divergence, training.noise)
+            (config.w_stochastic * loss_stochastic).backward(inputs=[*UV, *cut.values()])
+        if config.w_adversarial:
+            loss_adversarial = adversarial_reconstruction(model, U, V, cut, batch, target, divergence, sources)
+            (config.w_adversarial * loss_adversarial).backward(inputs=[*UV, *cut.values(), *sources.values()])
+    S, positions = usage(z, p)
+    l0 = sum((x > 0).sum() for x in g.values()) / positions
+    S, positions = global_sum(S, positions)  # of all processes, where several train together
+    loss_importance = importance_minimality(S, positions)
+    loss_frequency = frequency_minimality(S, positions)
+    loss_delta = delta_l2(model, U, V)
+    others = price * config.w_importance * loss_importance
+    others = others + price * config.w_frequency * loss_frequency + config.w_delta * loss_delta
+    ends, gradients = [others, *g.values()], [None, *(x.grad for x in cut.values())]
+    torch.autograd.backward(ends, gradients, inputs=[*UV, *G_parameters])
+    global_mean([x.grad for x in [*UV, *G_parameters]])
+
+    # U, V and G step down. The adversary takes one more step up: the gradient of its loss was there anyway
+    values = {
+        "stochastic": loss_stochastic,
+        "adversarial": loss_adversarial,
+        "importance_minimality": loss_importance,
+        "frequency_minimality": loss_frequency,
+        "delta_l2": loss_delta,
+        "L0": l0,
+        "gradient of U and V": nn.utils.clip_grad_norm_(UV, config.clip_UV),
+        "gradient of G": nn.utils.clip_grad_norm_(G_parameters, config.clip_G),
+    }
+    values = finite_numbers(values, target, training.step)
+    training.optimizer.step()
+    if config.w_adversarial:  # without the weight of the loss: Adam's moments keep the scale of the inner steps
+        ascend(training.ascent, [x.grad / config.w_adversarial for x in sources.values()])
+    training.step += 1
+    return values
+
+
+# ---- 7  decompose: the warm-up and the loop -------------------------------------------------------------------------
+
+def decompose(
+    model: nn.Module,
+    C: dict[str, int],
+    get_batch: Callable[[torch.Generator], Tensor],
+    divergence: Divergence,
+    config: Config = Config(),
+    out: str | Path | None = None,
+    checkpoint_seconds: float = 60,
+) -> Decomposition:
+    """Decompose the `nn.Linear`s named by the keys of C into C[path] subcomponents each.
+
+    model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
+    get_batch(generator): a batch of inputs, all of one shape, drawn with nothing but the given CPU generator.
+    divergence: `kl` or `mse`, or any function (target output, masked output) -> scalar, a mean over positions.
+    out: a folder for run.json (what made the run), log.jsonl (a line of losses every 1/200 of the run) and
+        checkpoint.pt, written every `checkpoint_seconds` and at the end. If the folder holds this same run, unfinished,
+        the run goes on from its checkpoint; on CPU, with equal threads and an equal version of torch, it ends bit for
+        bit as if it had never stopped. If the run is finished, it is loaded, on any device.
+
+    Raises BadInput before any training (see `check`, `claim_folder`, `load_checkpoint`), or from `training_step`.
+    """
+    training, next_batch, after_step = open_run(model, C, get_batch, config, out, checkpoint_seconds)
+    if training.step == 0:
+        faithfulness_warmup(model, training.decomposition, config)
+    while training.step < config.steps:
+        values = training_step(model, next_batch(), divergence, training, config)
+        after_step(values)  # log, progress, checkpoint
+    return training.decomposition
+
+
+def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config: Config, process: int = 0) -> Training:
+    """A run at step 0: V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1). The same on every device, for one seed.
+
+    process: where several train together, the number of this one. U, V and G are equal in all of them.
+    """
+    device = next(iter(inputs.values())).device
+    weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
+    seed_of_process = config.seed + 2_000_003 * process
+    with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
+        torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
+        V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
+        U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
+        G = importance_function(V, config).to(device)
+        # Seeded again: until here all processes must draw alike, and from here on each must draw its own sources.
+        torch.default_generator.manual_seed(seed_of_process)
+        sources, ascent = start_adversary({path: (*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}, device, config)
+    U, V = ({path: x.to(device).requires_grad_() for path, x in tensors.items()} for tensors in (U, V))
+    parameters, fused = [*U.values(), *V.values(), *G.parameters()], device.type == "cuda"
+    betas = (0.9, config.beta2)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=0, fused=fused)
+    data = torch.Generator().manual_seed(seed_of_process)
+    noise = torch.Generator(device).manual_seed(seed_of_process + 1_000_003)  # another stream than that of the data
+    return Training(Decomposition(U, V, G, config.bf16), optimizer, sources, ascent, data, noise)
+
+
+def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: Config) -> None:
+    """Before the training, fit U and V alone to the weights: AdamW, lr 1e-3, on Delta-L2 ([VPD] section 5)."""
+    UV = [*decomposition.U.values(), *decomposition.V.values()]
+    optimizer = torch.optim.AdamW(UV, lr=1e-3, weight_decay=0)
+    for _ in range(config.warmup_steps):
+        optimizer.zero_grad()
+        delta_l2(model, decomposition.U, decomposition.V).backward()
+        optimizer.step()
+    make_equal([*UV, *decomposition.G.parameters()])  # in all processes, where several train together
+
+
+# ---- 8  Evaluation: how we know that it worked ([VPD] section 6) ----------------------------------------------------
+
+ALIVE = 1e-6  # a subcomponent is alive if its mean causal importance over the evaluation set exceeds this (as in [VPD])
+
+Case = tuple[Tensor, Tensor, dict[str, Tensor]]  # a batch, the target's output on it, the causal importances there
+
+
+@torch.no_grad()
+def predict_importances(model, decomposition: Decomposition, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The target's output on a batch, and the causal importances {path: (..., C + 1)} of the subcomponents there."""
+    with precision(batch.device, decomposition.bf16):
+        target, inputs = forward_with_inputs(model, decomposition.U, batch)
+        return target, causal_importances(decomposition.G(inputs, decomposition.U, decomposition.V))
+
+
+def count_subcomponents(cases: list[Case]) -> dict:
+    """How many subcomponents there are, and how many are used: {"matrices": {path: counts}, "total": counts}.
+
+    Counts: "C"; "alive", how many have a mean causal importance above ALIVE; "l0", how many have g > 0 at a position, on
+    average; "l0_per_alive"; of each matrix also "mean_importance", of each subcomponent (sorted, it is the spectrum).
+    """
+    matrices = {}
+    for path in cases[0][2]:
+        importances = [g[path][..., :-1].flatten(0, -2) for _, _, g in cases]  # (positions, C) of each case
+        mean = sum(x.mean(0) / len(cases) for x in importances)  # (C,)
+        l0 = sum((x > 0).sum(-1).float().mean().item() / len(cases) for x in importances)
+        alive = int((mean > ALIVE).sum())
+        matrices[path] = {"C": len(mean), "alive": alive, "l0": l0, "l0_per_alive": l0 / max(1, alive)}
+        matrices[path]["mean_importance"] = mean.tolist()
+    total = {key: sum(matrix[key] for matrix in matrices.values()) for key in ("C", "alive", "l0")}
+    return {"matrices": matrices, "total": {**total, "l0_per_alive": total["l0"] / max(1, total["alive"])}}
+
+
+def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one.
+
+    Delta's mask is 0 in all, also in "unmasked": what is judged are the subcomponents alone. No routing.
+    """
+    maskings = {
+        "unmasked": torch.ones_like,
+        "stochastic": lambda x: x + (1 - x) * torch.rand(x.shape, generator=generator, device=x.device),
+        "rounded_0": lambda x: (x > 0).to(x),
+        "rounded_0.1": lambda x: (x > 0.1).to(x),
+        "rounded_0.5": lambda x: (x > 0.5).to(x),
+        "g": lambda x: x,
+        "ablated": torch.zeros_like,
+    }
+    for name, masking in maskings.items():
+        yield name, {path: F.pad(masking(x[..., :-1]), (0, 1)) for path, x in g.items()}
+
+
+@torch.enable_grad()
+def fresh_adversary(
+    model, decomposition: Decomposition, cases: list[Case], divergence: Divergence, shapes: dict, movable=None, seed=0
+) -> dict[str, float]:
+    """The attack ([VPD] section 6): {"20": divergence after 20 steps of sign ascent from random sources, "40", "80"}.
+
+    cases: attacked together. shapes {path: ...} of the sources: (C + 1,) for ONE source per mask, shared by all positions
+    of all cases, so that a systematic flaw is found and not the noise of single inputs; (..., C + 1) for one source
+    per mask and position. movable: bools of these shapes, what the adversary may move (default: all, also Delta's).
+    """
+    U, V, device, reached = detached(decomposition.U), detached(decomposition.V), cases[0][0].device, {}
+    generator = torch.Generator(device).manual_seed(seed)
+    sources = {path: torch.rand(shape, generator=generator, device=device) for path, shape in shapes.items()}
+    leaves = [r.requires_grad_() for r in sources.values()]
+    for step in with_progress(range(81), "fresh adversary"):
+        total, gradients = 0.0, [torch.zeros_like(r) for r in leaves]
+        for batch, target, g in cases:
+            with precision(device, decomposition.bf16):
+                loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources) / len(cases)
+            gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(loss, leaves))]
+            total += loss.item()
+        if step in (20, 40, 80):
+            reached[str(step)] = total
+        for (path, r), gradient in zip(sources.items(), gradients):
+            r.data.add_(0.1 * gradient.sign() * (movable[path] if movable else 1)).clamp_(0, 1)
+    return reached
+
+
+@torch.no_grad()
+def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None) -> dict:
+    """All figures that every decomposition reports, as a dict for JSON. batches: the evaluation set.
+
+    "matrices" and "total": see `count_subcomponents`. "divergence": from the target, {masking: mean over positions}.
+    "adversary": the divergence under a fresh adversary with one source per mask. "delta": the mean of Delta^2. With
+    loss(batch, output) -> scalar, which the target was trained on, "loss": {"target" and each masking: its mean}.
+    Raises BadInput if the batches differ in shape: their means would not be the mean.
+    """
+    refuse(len({batch.shape for batch in batches}) != 1, "the evaluation batches differ in shape: give equal ones")
+    U, V, bf16, device = decomposition.U, decomposition.V, decomposition.bf16, batches[0].device
+    cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
+    generator = torch.Generator(device).manual_seed(seed)
+    divergences, losses = collections.Counter(), collections.Counter()
+    for batch, target, g in cases:
+        losses["target"] += loss(batch, target).item() / len(cases) if loss else 0
+        for masking, masks in evaluation_masks(g, generator):
+            with precision(device, bf16):
+                output = masked_forward(model, U, V, masks, batch)
+            divergences[masking] += divergence(target, output).item() / len(cases)
+            losses[masking] += loss(batch, output).item() / len(cases) if loss else 0
+    shapes = {path: (len(u) + 1,) for path, u in U.items()}
+    return {
+        "alive_threshold": ALIVE,
+        **count_subcomponents(cases),
+        "divergence": dict(divergences),
+        **({"loss": dict(losses)} if loss else {}),
+        "adversary": fresh_adversary(model, decomposition, cases, divergence, shapes, seed=seed),
+        "delta": delta_l2(model, U, V).item(),
+    }
+
+
+# ---- 9  Reading a decomposition ([VPD] section 8) -------------------------------------------------------------------
+
+def cut_forward(
+    model, decomposition: Decomposition, masks: dict, batch: Tensor, embeddings=()
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """A masked forward pass in which what each decomposed matrix and embedding *writes* is cut off from what it reads.
+
+    So the gradient of anything later with respect to a write is its direct effect, without the detour through other
+    decomposed matrices. embeddings: paths of modules that are no decomposed matrices, but that write, too.
+    Returns the output; the subcomponent activations a_c = ||U_c|| V_c^T x, {path: (..., C)}; and the writes, leaves of
+    the graph of gradients, {path: (..., d_out)}, in the order in which they run.
+    """
+    U, V = detached(decomposition.U), detached(decomposition.V)
+    activations, writes = {}, {}
+
+    def cut(path, module, args, output):
+        if path in U:
+            activations[path] = args[0] @ V[path] * U[path].norm(dim=-1)
+            output = masked_linear(module, args[0], output, U[path], V[path], masks[path])
+        writes[path] = output.detach().requires_grad_()
+        return writes[path]
+
+    with _hooked(model, (*embeddings, *U), cut):
+        output = model(batch)
+    return output, activations, writes
+
+
+def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activations: dict, writes: dict) -> dict:
+    """How much every subcomponent adds directly to `value`, a scalar of a `cut_forward`: {path: (..., C + 1)}.
+
+    The gradient of value at the write, times what c adds to the write, m_c a_c U_c / ||U_c||. The last column is of the
+    matrix's bias and Delta. For an embedding: (..., 1). All of it is linearised at this input: where value depends
+    linearly on what is written, the attributions add up to it.
+    """
+    if not value.requires_grad:  # the first matrix: nothing writes to what it reads
+        return {}
+    attributed = {}
+    gradients = torch.autograd.grad(value, list(writes.values()), retain_graph=True, allow_unused=True)
+    for (path, write), gradient in zip(writes.items(), gradients):
+        if gradient is None:
+            continue  # it runs after what value depends on
+        attributed[path] = (gradient * write).sum(-1, keepdim=True)
+        if path in decomposition.U:
+            unit = F.normalize(decomposition.U[path].detach(), dim=-1)  # U_c / ||U_c||
+            parts = masks[path][..., :-1] * activations[path].detach() * (gradient @ unit.T)  # (..., C)
+            attributed[path] = torch.cat([parts, attributed[path] - parts.sum(-1, keepdim=True)], -1)
+    return attributed
+
+
+def attribution_graph(
+    model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(), share: float = 0.0
+) -> dict:
+    """The attribution graph of one input (1, T): who contributes directly to whom, and to outcome(output), a scalar.
+
+    Nodes, in the order in which they run: every subcomponent at every position with g > 0, every embedding at every
+    position, and the outcome. Edges: the attributions that have at least this share of the sum of the absolute values of
+    all that go into their target.
+    Returns {"nodes": [{"matrix", "position", "subcomponent", "importance", "activation"}, ...],
+    "edges": [{"source", "target" (numbers of nodes), "attribution", "share"}, ...]}.
+    """
+    output, activations, writes = cut_forward(model, decomposition, g, batch, embeddings)
+    nodes, number, values = [], {}, []
+    for path, write in writes.items():
+        decomposed = path in g
+        places = g[path][0, :, :-1].nonzero().tolist() if decomposed else [(t, 0) for t in range(write.shape[-2])]
+        for t, c in places:
+            number[path, t, c] = len(nodes)
+            nodes.append({"matrix": path, "position": t, "subcomponent": c})
+            values.append(activations[path][0, t, c] if decomposed else None)
+            if decomposed:
+                nodes[-1] |= {"importance": g[path][0, t, c].item(), "activation": values[-1].item()}
+    nodes.append({"matrix": "outcome", "position": batch.shape[1] - 1, "subcomponent": 0})
+    edges = []
+    for target, value in enumerate([*values, outcome(output)]):
+        if value is None:
+            continue  # an embedding: nothing goes into it
+        attributed = attributions(value, decomposition, g, activations, writes)
+        total = max(1e-30, sum(x.abs().sum().item() for x in attributed.values()))
+        for path, x in attributed.items():
+            x = x.reshape(-1, x.shape[-1])  # (T, C + 1), or (T, 1)
+            for t, c in (x.abs() >= max(share, 1e-9) * total).nonzero().tolist():
+                if (source := number.get((path, t, c))) is not None:
+                    edge = {"source": source, "target": target, "attribution": x[t, c].item()}
+                    edges.append({**edge, "share": x[t, c].abs().item() / total})
+    return {"nodes": nodes, "edges": edges}
+
+
+def prune(
+    model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, price: float,
+    stochastic=True, adversarial=True, steps: int = 300, seed: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Which of the subcomponents that are active on `batch` does one behaviour need? New causal importances, like g.
+
+    They start at g and stay 0 where g is 0. Where g > 0 (a node) they are trained to keep loss(output), a scalar, low, at
+    `price` for each node that is kept, in units of the loss. Masks while training: m = g + (1 - g) r as ever, with the
+    sources r of nodes random (stochastic) or an adversary's (adversarial); if both, the mean of both losses. All other
+    sources are random. With neither, the importances themselves are the masks. AdamW on raw scores, lr 0.05.
+    """
+    U, V, device = detached(decomposition.U), detached(decomposition.V), batch.device
+    active = {path: x > 0 for path, x in g.items()}
+    generator = torch.Generator(device).manual_seed(seed)
+    z = {path: x.clone().requires_grad_() for path, x in g.items()}
+    optimizer = torch.optim.AdamW(z.values(), lr=0.05, weight_decay=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        sources, ascent = start_adversary({path: x.shape for path, x in g.items()}, device, Config(adversary_lr=0.1))
+    for step in range(steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * cosine  # 20 steps of warm-up
+        pruned = {path: lower_leaky(x) * active[path] for path, x in z.items()}
+        random = {path: torch.rand(x.shape, generator=generator, device=device) for path, x in g.items()}
+        attack = {path: torch.where(active[path], sources[path], random[path]) for path in g}
+        maskings = [make_masks(pruned, r) for r, use in ((random, stochastic), (attack, adversarial)) if use] or [pruned]
+        # |g|^p with p = 0.5, so that few are left, and these near 1
+        kept = sum((upper_leaky(x) * active[path] + 1e-12).sqrt().sum() for path, x in z.items())
+        with precision(device, decomposition.bf16):
+            losses = [loss(masked_forward(model, U, V, masks, batch)) for masks in maskings]
+        total = sum(losses) / len(losses) + price * kept
+        gradients = torch.autograd.grad(total, [*z.values(), *(sources.values() if adversarial else ())])
+        for x, gradient in zip(z.values(), gradients):
+            x.grad = gradient
+        optimizer.step()
+        if adversarial:
+            ascend(ascent, list(gradients[len(z) :]))
+    return {path: (lower_leaky(x) * active[path]).detach() for path, x in z.items()}
+
+
+def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, Tensor]]:
+    """For each subcomponent of one decomposition, its largest cosine with a subcomponent of another.
+
+    {path: {"U", "V", "product": (C,)}}. The means are the MMCS of [VPD] section 6. The cosines of U_c and of V_c are taken
+    without their signs, which mean nothing alone. That of the product U_c V_c^T has its sign, or is 0 if no cosine is
+    above 0. Leave out dead subcomponents: they point anywhere.
+    """
+    largest = {}
+    for path, U in one.U.items():
+        u = F.normalize(U.detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of the other)
+        v = F.normalize(one.V[path].detach(), dim=0).T @ F.normalize(other.V[path].detach(), dim=0)
+        cosines = {"U": u.abs(), "V": v.abs(), "product": u * v}
+        largest[path] = {name: F.pad(x, (0, 1)).amax(1) for name, x in cosines.items()}
+    return largest
+
+
+# ---- 10  Running it: several processes, checks, the run folder, checkpoints, progress, pictures ---------------------
+#
+# Under torchrun several processes train together. Each has its own share of the global batch, its own noise and its own
+# sources; U, V and G are equal in all of them. A process that is alone is number 0 of 1.
+
+
+class BadInput(ValueError):
+    """Something the user can put right. The message is one line: what was wrong, and what to do."""
+
+
+def refuse(wrong, message: str) -> None:
+    """Raise BadInput with this message if something is wrong."""
+    if wrong:
+        raise BadInput(message)
 
 
 def processes() -> int:
@@ -450,22 +876,27 @@ def rank() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
 
-def global_sum(S: Tensor) -> Tensor:
-    """The sum of S over all processes. Its gradient is scaled by their number, because gradients are averaged afterwards."""
-    if processes() == 1:
-        return S
+def global_sum(S: Tensor, positions: int) -> tuple[Tensor, int]:
+    """The sums of both over all processes. S's gradient is scaled by their number: gradients are averaged afterwards."""
     total = S.detach().clone()
-    dist.all_reduce(total)
-    return total + processes() * (S - S.detach())
+    if processes() > 1:
+        dist.all_reduce(total)
+    return total + processes() * (S - S.detach()), positions * processes()
 
 
 @torch.no_grad()
-def average(tensors: list[Tensor]) -> None:
+def global_mean(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over all processes."""
-    if processes() > 1:
-        for x in tensors:
-            dist.all_reduce(x)
-            x /= processes()
+    for x in tensors if processes() > 1 else []:
+        dist.all_reduce(x)
+        x /= processes()
+
+
+@torch.no_grad()
+def make_equal(tensors: list[Tensor]) -> None:
+    """Replace each tensor by that of process 0: what processes compute on their own may differ in the last digits."""
+    for x in tensors if processes() > 1 else []:
+        dist.broadcast(x, 0)
 
 
 def barrier() -> None:
@@ -484,256 +915,138 @@ def rank_0_first():
         barrier()
 
 
-def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, as constants: no gradient is computed for them."""
-    return {path: x.detach() for path, x in tensors.items()}
-
-
-def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
-    """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns the losses and the gradient norms.
-
-    Raises BadInput, before anything is changed but the sources, if a loss or a gradient is not finite.
-    """
-    U, V, G = training.decomposition.U, training.decomposition.V, training.decomposition.G
-    sources, noise, done = training.sources, training.noise, training.step / config.steps
-    UV, G_parameters, r = [*U.values(), *V.values()], list(G.parameters()), list(sources.values())
-
-    # Schedules
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    training.optimizer.param_groups[0]["lr"] = config.lr * (config.lr_final + (1 - config.lr_final) * cosine)
-    training.ascent.param_groups[0]["lr"] = config.adversary_lr * min(1, (training.step + 1) / (0.025 * config.steps))
-    p = config.p_start + (config.p_end - config.p_start) * done
-    price = config.price_start ** (1 - done)
-
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.bf16):
-        # The target, and what G thinks is needed of it here
-        target, inputs = forward_with_inputs(model, U, batch)
-        z = G(inputs, U, V)  # {path: (..., C)}
-        g = causal_importances(z)  # {path: (..., C + 1)}
-
-        # The adversary's inner ascent: all but the sources is constant, so that no gradient is computed to be thrown away
-        fixed = detached(U), detached(V), detached(g)
-        for _ in range(config.adversary_steps if config.adversarial else 0):
-            loss = adversarial_reconstruction(model, *fixed, batch, target, divergence, sources)
-            ascend(training.ascent, torch.autograd.grad(loss, r))
-
-        # The reconstruction losses. The gradient of each is taken as soon as it is known, and ends at a copy of g that is cut off
-        # from G: so only one graph of masked weights is in memory at a time. Later G is gone through once, with the sum.
-        for x in UV + G_parameters + r:
-            x.grad = None
-        losses, cut = {}, {path: x.detach().requires_grad_() for path, x in g.items()}
-        if config.stochastic:
-            losses["stochastic"] = stochastic_reconstruction(model, U, V, cut, batch, target, divergence, noise)
-            torch.autograd.backward(config.stochastic * losses["stochastic"], inputs=[*UV, *cut.values()])
-        if config.adversarial:
-            losses["adversarial"] = adversarial_reconstruction(model, U, V, cut, batch, target, divergence, sources)
-            torch.autograd.backward(config.adversarial * losses["adversarial"], inputs=[*UV, *cut.values(), *r])
-    S, positions = importance_sums(z, p)
-    S, all_positions = global_sum(S), positions * processes()
-    losses["importance"] = importance_minimality(S, all_positions)
-    losses["frequency"] = frequency_minimality(S, all_positions)
-    losses["delta"] = delta_l2(model, U, V)
-    rest = price * config.importance * losses["importance"] + price * config.frequency * losses["frequency"] + config.delta * losses["delta"]
-    reconstruction = [(x, cut[path].grad) for path, x in g.items() if cut[path].grad is not None]
-    torch.autograd.backward([rest, *(x for x, _ in reconstruction)], [None, *(grad for _, grad in reconstruction)], inputs=UV + G_parameters)
-    losses = {name: x.detach() for name, x in losses.items()}
-    average([x.grad for x in UV + G_parameters])  # over processes; the sources are each one's own
-    l0 = {"L0": sum((score > 0).sum() for score in z.values()) / positions}
-    norms = {
-        "gradient of U and V": nn.utils.clip_grad_norm_(UV, config.clip_UV),
-        "gradient of G": nn.utils.clip_grad_norm_(G_parameters, config.clip_G),
-    }
-    values = finite_or_stop({**losses, **l0, **norms}, target, training.step)
-    training.optimizer.step()
-    if config.adversarial:  # the third ascent step comes free; undo the coefficient, for one scale in Adam's moments
-        ascend(training.ascent, [x.grad / config.adversarial for x in r])
-    training.step += 1
-    return values
-
-
-def finite_or_stop(values: dict[str, Tensor], target: Tensor, step: int) -> dict[str, float]:
-    """The values as numbers, averaged over processes, or BadInput that names the first that is not finite."""
-    stacked = torch.stack(list(values.values()))  # one synchronisation with the device for all
-    average([stacked])
+def finite_numbers(values: dict[str, Tensor], target: Tensor, step: int) -> dict[str, float]:
+    """Scalars as numbers, the mean over all processes. Raises BadInput, which names the first that is not finite."""
+    stacked = torch.stack([x.detach() for x in values.values()])  # one synchronisation with the device for all
+    global_mean([stacked])
     numbers = dict(zip(values, stacked.tolist()))
     for name, number in numbers.items():
         if not math.isfinite(number):
-            if not target.isfinite().all():
-                name = "target model's output"
-            raise BadInput(f"the {name} is not finite at step {step}; the last checkpoint is kept. Lower lr, or look at the data")
+            name = name if target.isfinite().all() else "target model's output"
+            raise BadInput(f"the {name} is not finite at step {step}: lower lr, or look at the data")
     return numbers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8  decompose: checks, faithfulness warm-up, the loop, checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds: float) -> tuple[Training, Callable, Callable]:
+    """A run, new or as its folder holds it; see `decompose` for the arguments, and for what is refused.
 
-
-def decompose(
-    model: nn.Module,
-    C: dict[str, int],
-    get_batch: Callable[[torch.Generator], Tensor],
-    divergence: Divergence,
-    config: Config = Config(),
-    out: str | Path | None = None,
-    checkpoint_seconds: float = 60,
-) -> Decomposition:
-    """Decompose the `nn.Linear`s named by the keys of C into C[path] subcomponents each.
-
-    model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
-    get_batch(generator): a batch of inputs, all of one shape, drawn with nothing but the given CPU generator.
-    divergence: `kl` or `mse`, or any function (target output, masked output) -> scalar averaged over positions.
-    out: a folder for run.json (what made the run), log.jsonl (a line of losses every 1/200 of the run) and checkpoint.pt.
-        If it holds this same run, unfinished, the run goes on from its last checkpoint, and on CPU ends bit for bit as if
-        it had never stopped; if finished, it is loaded. A checkpoint is written every `checkpoint_seconds` and at the end.
-
-    Raises BadInput before any training: see `check`, `claim_folder`, `load_checkpoint`; while training: see `training_step`.
+    Returns the training; next_batch(), which draws a batch; and after_step(values), which keeps the books.
     """
     batch = get_batch(torch.Generator().manual_seed(config.seed))
     inputs = check(model, C, batch, config)
-    with rank_0_first():
-        folder = out and claim_folder(Path(out), model, C, config)
-    training = start(model, C, inputs, config)
+    device, folder = next(iter(inputs.values())).device, Path(out) if out else None
+    if folder:
+        with rank_0_first():
+            claim_folder(folder, model, C, config, device)
+    training = start(model, C, inputs, config, rank())
     if folder and (folder / "checkpoint.pt").exists():
-        load_checkpoint(folder, training)
+        load_checkpoint(folder, training, config)
     elif folder and rank() == 0:
-        (folder / "log.jsonl").unlink(missing_ok=True)  # of a run killed before its first checkpoint
-    if training.step == 0:
-        faithfulness_warmup(model, training.decomposition, config)
+        (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+    now, saved = time.monotonic(), training.seconds
 
-    device, shape = next(iter(inputs.values())).device, batch.shape
-    began, saved = time.monotonic() - training.seconds, time.monotonic()
-    every = max(1, config.steps // 200)  # steps between lines of the log
-    began_step, began_here = training.step, time.monotonic()
-    while training.step < config.steps:
-        batch = get_batch(training.data)
-        if batch.shape != shape:
-            raise BadInput(f"batch {training.step} has shape {tuple(batch.shape)}, the first had {tuple(shape)}: all must be alike")
-        values = training_step(model, batch.to(device), divergence, training, config)
-        training.seconds = time.monotonic() - began
+    def next_batch() -> Tensor:
+        drawn, first = get_batch(training.data), tuple(batch.shape)
+        wrong = f"batch {training.step} has shape {tuple(drawn.shape)}, the first had {first}"
+        refuse(drawn.shape != first, f"{wrong}: give batches of one shape")
+        return drawn.to(device)
+
+    def after_step(values: dict[str, float]) -> None:
+        nonlocal now, saved
+        before, now = now, time.monotonic()
+        training.seconds += now - before
         last = training.step == config.steps
-        if rank() == 0 and (last or training.step % every == 0):
-            report(values, training, config, (time.monotonic() - began_here) / (training.step - began_step), folder)
-        due = torch.tensor(float(last or time.monotonic() - saved > checkpoint_seconds), device=device)
-        average([due])  # all processes save at the same step: as soon as it is due for one of them
+        if rank() == 0 and (last or training.step % max(1, config.steps // 200) == 0):
+            log_step(values, training, config, folder)
+        due = torch.tensor(float(last or training.seconds - saved > checkpoint_seconds), device=device)
+        global_mean([due])  # all processes save at the same step: as soon as one of them is due
         if folder and due > 0:
             save_checkpoint(folder, training)
-            saved = time.monotonic()
-    return training.decomposition
+            saved = training.seconds
 
-
-def best_device() -> str:
-    """cuda, mps or cpu, the first that there is."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return training, next_batch, after_step
 
 
 def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) -> dict[str, Tensor]:
     """Refuse, in one line and before any training, what cannot be decomposed. Returns the inputs {path: (..., d_in)}."""
-    if config.steps < 1:
-        raise BadInput(f"steps is {config.steps}: there must be at least 1")
-    if config.G_width % (2 * config.G_heads):
-        raise BadInput(f"G_width is {config.G_width}: it must be a multiple of 2 * G_heads = {2 * config.G_heads}")
-    if config.G not in ("mlp", "transformer"):
-        raise BadInput(f"G is {config.G!r}: there are 'mlp' and 'transformer'")
+    refuse(config.steps < 1, f"steps is {config.steps}: give at least 1")
+    lost = not (config.w_stochastic or config.w_adversarial)
+    refuse(lost, "w_stochastic and w_adversarial are both 0: give one, or nothing is reconstructed")
+    refuse(config.G_type not in ("mlp", "transformer"), f"G_type is {config.G_type!r}: give 'mlp' or 'transformer'")
+    width, heads = config.G_width, config.G_heads
+    refuse(heads < 1, f"G_heads is {heads}: give at least 1")
+    refuse(width < 1 or width % (2 * heads), f"G_width is {width}: give a multiple of 2 * G_heads = {2 * heads}")
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not C:
-        raise BadInput(f"no matrix to decompose: give C = {{path: number of subcomponents}}; the model's nn.Linears are {', '.join(linears)}")
+    refuse(not C, f"no matrix to decompose: give C = {{path: number of subcomponents}} for some of {', '.join(linears)}")
     for path, number in C.items():
-        if path not in linears:
-            nearest = difflib.get_close_matches(path, linears, n=3, cutoff=0.0)
-            raise BadInput(f"{path!r} is not an nn.Linear of the model; the nearest that are: {', '.join(nearest) or 'none'}")
-        if not isinstance(number, int) or number < 1:
-            raise BadInput(f"C[{path!r}] is {number!r}: the number of subcomponents must be a whole number of at least 1")
-        if (dtype := model.get_submodule(path).weight.dtype) != torch.float32:
-            raise BadInput(f"{path}.weight is {dtype}: call model.float() first, U and V are float32 too")
-    storage = {}  # of each parameter, to find those that share memory (also as a view, such as a transpose)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
-    for path in C:
-        others = [name for names in storage.values() if f"{path}.weight" in names for name in names if name != f"{path}.weight"]
-        if others:
-            raise BadInput(f"{path}.weight is tied to {', '.join(others)}: give the matrix a copy of its own, or leave it out")
-    if model.training:
-        raise BadInput("the model is in training mode, where dropout and the like change its output: call model.eval() first")
+        nearest = ", ".join(difflib.get_close_matches(path, linears, n=3, cutoff=0.0)) or "none"
+        refuse(path not in linears, f"{path!r} is not an nn.Linear of the model; the nearest that are: {nearest}")
+        whole = isinstance(number, int) and number > 0
+        refuse(not whole, f"C[{path!r}] is {number!r}: the number of subcomponents must be a whole one of at least 1")
+        dtype, memory = model.get_submodule(path).weight.dtype, model.get_submodule(path).weight.untyped_storage()
+        refuse(dtype != torch.float32, f"{path}.weight is {dtype}: call model.float() first, U and V are float32 too")
+        tied = [n for n, x in model.named_parameters(remove_duplicate=False) if x.untyped_storage().data_ptr() == memory.data_ptr()]
+        tied = ", ".join(name for name in tied if name != f"{path}.weight")  # or a view of it, such as a transpose
+        refuse(tied, f"{path}.weight is tied to {tied}: give the matrix a copy of its own, or leave it out")
+    refuse(model.training, "the model is in training mode, where dropout changes its output: call model.eval() first")
 
-    device = model.get_submodule(next(iter(C))).weight.device
-    target, inputs = forward_with_inputs(model, C, batch.to(device))
-    if not target.isfinite().all():
-        raise BadInput("the target model's output is not finite on the first batch: look at its weights and at the data")
+    batch = batch.to(model.get_submodule(next(iter(C))).weight.device)
+    target, inputs = forward_with_inputs(model, C, batch)
+    tensor = isinstance(target, Tensor)
+    refuse(not tensor, f"the model returns a {type(target).__name__}: wrap it in a module that returns one tensor")
+    refuse(not target.isfinite().all(), "the target model's output is not finite on the first batch: look at its weights")
     for path in C:
-        if path not in inputs:
-            raise BadInput(f"{path} does not run in the model's forward pass: leave it out")
-    shapes = {path: tuple(x.shape[:-1]) for path, x in inputs.items()}
-    if len(set(shapes.values())) > 1:
-        raise BadInput(f"the decomposed matrices see inputs of different shapes {shapes}: decompose those with equal ones together")
-    shape = tuple(next(iter(inputs.values())).shape)
-    if config.G == "transformer" and len(shape) != 3:
-        raise BadInput(f"the decomposed matrices see inputs {shape}, not (batch, positions, width): set G='mlp'")
+        refuse(path not in inputs, f"{path} does not run in the model's forward pass: leave it out")
+    shapes = {path: tuple(x.shape) for path, x in inputs.items()}
+    unequal = len({shape[:-1] for shape in shapes.values()}) > 1
+    refuse(unequal, f"the matrices see inputs of different shapes {shapes}: decompose those with equal ones together")
+    wrong = config.G_type == "transformer" and len(shapes[path]) != 3
+    refuse(wrong, f"the matrices see inputs {shapes[path]}, not (batch, positions, width): set G_type='mlp'")
+    try:  # a backward pass, as training will do it, with one subcomponent in each matrix, all zero
+        U = {path: x.new_zeros(1, model.get_submodule(path).out_features).requires_grad_() for path, x in inputs.items()}
+        V = {path: x.new_zeros(x.shape[-1], 1).requires_grad_() for path, x in inputs.items()}
+        output = masked_forward(model, U, V, {path: x.new_ones(*x.shape[:-1], 2) for path, x in inputs.items()}, batch)
+        torch.autograd.grad(output.sum(), [*U.values(), *V.values()], allow_unused=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:100]
+        raise BadInput(f"the model has no gradient ({reason}): write x = x + y, not x += y, and detach nothing") from None
     return inputs
 
 
-def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config: Config) -> Training:
-    """A run at step 0: V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1). The same on every device, for one seed."""
-    device = next(iter(inputs.values())).device
-    weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
-    with torch.random.fork_rng(devices=[]):  # leaves the user's random state alone
-        torch.manual_seed(config.seed)
-        V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
-        U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
-        G = importance_function(V, config).to(device)
-        shapes = {path: (*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}
-        torch.manual_seed(config.seed + 2_000_003 * rank())  # from here on every process has its own luck
-        sources, ascent = start_adversary(shapes, device, config)
-    U, V = ({path: x.to(device).requires_grad_() for path, x in tensors.items()} for tensors in (U, V))
-    # betas[1] = 0.99: with 0.999, gradients from when everything was active still damp the last steps that switch things off
-    parameters, fused = [*U.values(), *V.values(), *G.parameters()], device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0, fused=fused)
-    data = torch.Generator().manual_seed(config.seed + 2_000_003 * rank())
-    noise = torch.Generator(device).manual_seed(config.seed + 1_000_003 + 2_000_003 * rank())  # another stream than the data's
-    return Training(Decomposition(U, V, G), optimizer, sources, ascent, data, noise)
-
-
-def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: Config) -> None:
-    """Before the training: U and V alone are fitted to the weights (AdamW, lr 1e-3, on Delta-L2)."""
-    U, V = decomposition.U, decomposition.V
-    optimizer = torch.optim.AdamW([*U.values(), *V.values()], lr=1e-3, weight_decay=0)
-    for _ in range(config.warmup_steps):
-        optimizer.zero_grad()
-        delta_l2(model, U, V).backward()
-        optimizer.step()
-
-
-def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Config) -> Path:
+def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Config, device: torch.device) -> None:
     """Make the run folder and write run.json: settings, versions and a fingerprint of the target model.
 
-    Raises BadInput if the folder already holds a run with other settings or another target.
+    Raises BadInput if the folder already holds a run with other settings or another target. Warns if that run began with
+    other versions, threads or another device: then it will not end bit for bit as if it had never stopped.
     """
-    digest = hashlib.sha256()
+    digest, path = hashlib.sha256(), folder / "run.json"
     for name, x in model.state_dict().items():
         digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    run = {"config": dataclasses.asdict(config), "C": C, "target": digest.hexdigest()[:16], "processes": processes()}
-    path = folder / "run.json"
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())
-            differences = [k for part in ("config", "C") for k in run[part] | found[part] if run[part].get(k) != found[part].get(k)]
-            differences += ["order of the matrices"] if list(C) != list(found["C"]) else []
-            differences += [name for key, name in (("target", "target model"), ("processes", "number of processes")) if found[key] != run[key]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise BadInput(f"{path} cannot be read: choose another folder, or delete {folder}") from None
-        if differences:
-            raise BadInput(f"{folder} holds another run (it differs in: {', '.join(differences)}): choose another folder, or delete it")
-    else:
+    run = {"config": dataclasses.asdict(config), "C": C, "target model": digest.hexdigest()[:16]}
+    run |= {"order of the matrices": list(C), "number of processes": processes()}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    versions["device"] = device.type
+    if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
         with replacing(path) as file:
             file.write(json.dumps({**run, "versions": versions}, indent=1).encode())
-    return folder
+        return
+    try:
+        old = json.loads(path.read_text())
+        differing = [k for part in ("config", "C") for k in run[part] | old[part] if run[part].get(k) != old[part].get(k)]
+        differing += [key for key in run if key not in ("config", "C") and old[key] != run[key]]
+        changed = [f"{key} {old['versions'][key]}, now {x}" for key, x in versions.items() if old["versions"][key] != x]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{path} cannot be read: choose another folder, or delete {folder}") from None
+    other = f"{folder} holds another run (it differs in: {', '.join(differing)})"
+    refuse(differing, f"{other}: choose another folder, or delete it")
+    if changed:
+        print(f"warning: {folder} began with {'; '.join(changed)}: its last digits may differ", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A binary file that takes the place of `path` only when it is complete and on disk: a kill leaves the old one whole."""
+    """A binary file that replaces `path` only when it is complete and on disk: a kill leaves the old one whole."""
     unfinished = path.with_name(path.name + ".unfinished")
     with open(unfinished, "wb") as file:
         yield file
@@ -743,58 +1056,65 @@ def replacing(path: Path):
 
 
 def save_checkpoint(folder: Path, training: Training) -> None:
-    """Write all of `training` to checkpoint.pt, and how long the log is, so that a resumed run continues it without a seam.
+    """Write all of `training` to checkpoint.pt, and the length of the log, so that a resumed run continues it.
 
-    Of several processes, each but the first writes its own part to a file named by the step, before checkpoint.pt is replaced,
-    and deletes the one before, after it: at any moment checkpoint.pt finds the files of its step.
+    Of several processes, each but the first writes its own part to a file named by the step before checkpoint.pt is
+    replaced, and deletes the one before after it: at any moment checkpoint.pt finds the files of its step.
     """
+    found, log, own_file = training.decomposition, folder / "log.jsonl", folder / f"checkpoint_{rank()}_{training.step}.pt"
     own = {"sources": training.sources, "ascent": training.ascent.state_dict()}
     own |= {"data": training.data.get_state(), "noise": training.noise.get_state()}
-    mine, log = own_checkpoint(folder, training.step), folder / "log.jsonl"
     if rank() > 0:
-        with replacing(mine) as file:
+        with replacing(own_file) as file:
             torch.save(own, file)
     barrier()
     if rank() == 0:
-        found, log_bytes = training.decomposition, log.stat().st_size if log.exists() else 0
-        shared = {"U": found.U, "V": found.V, "G": found.G.state_dict(), "optimizer": training.optimizer.state_dict()}
-        shared |= {"step": training.step, "seconds": training.seconds, "log_bytes": log_bytes}
+        state = own | {"U": found.U, "V": found.V, "G": found.G.state_dict(), "optimizer": training.optimizer.state_dict()}
+        state |= {"step": training.step, "seconds": training.seconds, "device": training.noise.device.type}
         with replacing(folder / "checkpoint.pt") as file:
-            torch.save(shared | own, file)
+            torch.save(state | {"log_bytes": log.stat().st_size if log.exists() else 0}, file)
     barrier()
-    for old in set(folder.glob(f"checkpoint_{rank()}_*.pt")) - {mine}:
+    for old in set(folder.glob(f"checkpoint_{rank()}_*.pt")) - {own_file}:
         old.unlink()
 
 
-def own_checkpoint(folder: Path, step: int) -> Path:
-    """Where a process that is not the first saves its sources and random states."""
-    return folder / f"checkpoint_{rank()}_{step}.pt"
+def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
+    """Continue `training` from checkpoint.pt; of a finished run load U, V and G alone, which any device can.
 
-
-def load_checkpoint(folder: Path, training: Training) -> None:
-    """Continue `training` from checkpoint.pt. Raises BadInput if the file is damaged or not of this run."""
-    path = folder / "checkpoint.pt"
+    Raises BadInput if the file is damaged or not of this run, or if the run is unfinished and began on another device.
+    """
+    path, device, found = folder / "checkpoint.pt", training.noise.device.type, training.decomposition
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if rank() > 0:
-            state |= torch.load(own_checkpoint(folder, state["step"]), map_location="cpu", weights_only=True)
-        for name, mine in (("U", training.decomposition.U), ("V", training.decomposition.V), ("sources", training.sources)):
-            if {k: x.shape for k, x in mine.items()} != {k: x.shape for k, x in state[name].items()}:
-                raise ValueError("matrices or shapes differ")
-            for key, x in mine.items():
-                x.data.copy_(state[name][key])
-        training.decomposition.G.load_state_dict(state["G"])
-        training.optimizer.load_state_dict(state["optimizer"])
-        training.ascent.load_state_dict(state["ascent"])
-        training.data.set_state(state["data"])
-        training.noise.set_state(state["noise"])
-        training.step, training.seconds = state["step"], state["seconds"]
-        log_bytes = state["log_bytes"]
+        unfinished = state["step"] < config.steps
+        elsewhere = unfinished and state["device"] != device
+        if unfinished and not elsewhere:
+            if rank() > 0:
+                own_file = folder / f"checkpoint_{rank()}_{state['step']}.pt"
+                state |= torch.load(own_file, map_location="cpu", weights_only=True)
+            restore(training.sources, state["sources"])
+            training.optimizer.load_state_dict(state["optimizer"])
+            training.ascent.load_state_dict(state["ascent"])
+            training.data.set_state(state["data"])
+            training.noise.set_state(state["noise"])
+        restore(found.U, state["U"])
+        restore(found.V, state["V"])
+        found.G.load_state_dict(state["G"])
+        training.step, training.seconds, log_bytes = state["step"], state["seconds"], state["log_bytes"]
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to start this run anew") from error
-    if rank() == 0 and (folder / "log.jsonl").exists():
+    refuse(elsewhere, f"{folder} began on {state['device']}, whose random numbers {device} cannot draw: go on there")
+    if unfinished and rank() == 0 and (folder / "log.jsonl").exists():
         os.truncate(folder / "log.jsonl", log_bytes)  # steps after the checkpoint will be logged again
+
+
+def restore(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Copy the saved values into the tensors. Raises ValueError if the keys or shapes differ."""
+    if {path: x.shape for path, x in tensors.items()} != {path: x.shape for path, x in saved.items()}:
+        raise ValueError("matrices or shapes differ")
+    for path, x in tensors.items():
+        x.data.copy_(saved[path])
 
 
 def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposition:
@@ -802,295 +1122,74 @@ def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposit
     state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
     G = importance_function(state["V"], config).to(device)
     G.load_state_dict(state["G"])
-    return Decomposition(state["U"], state["V"], G)
+    return Decomposition(state["U"], state["V"], G, config.bf16)
+
+
+def best_device() -> str:
+    """cuda, mps or cpu, the first that there is."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def progress(line: str, last: bool, milestone: bool) -> None:
-    """Show a line of progress on the terminal, over the one before; in a file or a pipe only the milestones, a line each."""
+    """Show a line of progress: on a terminal over the one before, in a file or a pipe only at milestones."""
     if sys.stderr.isatty():
         print(f"\r{line}\033[K", end="\n" if last else "", file=sys.stderr, flush=True)
     elif milestone:
         print(line, file=sys.stderr, flush=True)
 
 
-def report(values: dict[str, float], training: Training, config: Config, seconds_per_step: float, folder: Path | None) -> None:
+def with_progress(items: Iterable, what: str) -> Iterator:
+    """The items one by one; after 5 seconds with a line of progress and the time left."""
+    items, began = list(items), time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        if (spent := time.monotonic() - began) > 5:
+            left = spent / number * (len(items) - number)
+            line = f"{what}: {number}/{len(items)}  {left:.0f} s left"
+            progress(line, number == len(items), number % max(1, len(items) // 4) == 0)
+
+
+def log_step(values: dict[str, float], training: Training, config: Config, folder: Path | None) -> None:
     """One line of progress, with the time left, on the terminal; the same numbers, in full, appended to log.jsonl."""
-    left = (config.steps - training.step) * seconds_per_step
-    numbers = "  ".join(f"{name} {value:.2g}" for name, value in values.items() if not name.startswith("gradient"))
-    line = f"step {training.step}/{config.steps}  {numbers}  {1 / seconds_per_step:.0f} steps/s  {left:.0f} s left"
-    last = training.step == config.steps
+    rate, last = training.step / training.seconds, training.step == config.steps
+    shown = [(name.split("_")[0], value) for name, value in values.items() if not name.startswith("gradient")]
+    numbers = "  ".join(f"{name} {value:.2g}" for name, value in shown)
+    left = (config.steps - training.step) / rate
+    line = f"step {training.step}/{config.steps}  {numbers}  {rate:.0f} steps/s  {left:.0f} s left"
     progress(line, last, last or training.step % (20 * max(1, config.steps // 200)) == 0)
     if folder:
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps({"step": training.step, "seconds": training.seconds, **values}) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9  Evaluation: how we know that it worked ([VPD] section 6)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def predict_importances(model: nn.Module, decomposition: Decomposition, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The target's output on a batch, and the causal importances {path: (..., C + 1)} of the subcomponents there."""
-    target, inputs = forward_with_inputs(model, decomposition.U, batch)
-    return target, causal_importances(decomposition.G(inputs, decomposition.U, decomposition.V))
-
-
-def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one.
-
-    Delta's mask is 0 in all, also in "unmasked": what is judged are the subcomponents alone. No routing.
-    """
-    maskings = {
-        "unmasked": torch.ones_like,
-        "stochastic": lambda x: x + (1 - x) * torch.rand(x.shape, generator=generator, device=x.device),
-        "rounded_0": lambda x: (x > 0).to(x),
-        "rounded_0.1": lambda x: (x > 0.1).to(x),
-        "rounded_0.5": lambda x: (x > 0.5).to(x),
-        "importance": lambda x: x,
-        "ablated": torch.zeros_like,
-    }
-    for name, f in maskings.items():
-        yield name, {path: F.pad(f(x[..., :-1]), (0, 1)) for path, x in g.items()}
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, decomposition: Decomposition, batches: list[Tensor], divergence: Divergence, seed=0, loss: Callable | None = None
-) -> dict:
-    """All figures that every decomposition reports, as a dict for JSON; batches: the evaluation set, on the model's device.
-
-    "matrices", of each, and "total": "C"; "alive", how many subcomponents have a mean causal importance above ALIVE; "l0", how many
-    have g > 0 at a position, on average; of each matrix also "mean_importance" (sorted, it is the spectrum). "divergence" from the
-    target, by masking. "adversary": the same under a fresh one. "delta": the mean of Delta^2. With loss(batch, output) -> scalar,
-    what the target was trained on, "loss": that of the target, and how far each masking lies above it.
-    """
-    U, V, n = decomposition.U, decomposition.V, len(batches)
-    device = next(iter(U.values())).device
-    generator = torch.Generator(device).manual_seed(seed)
-    means = {path: torch.zeros(len(u), device=device) for path, u in U.items()}  # of g, (C,)
-    l0, divergences, losses, cases = dict.fromkeys(U, 0.0), collections.Counter(), collections.Counter(), []
-    for batch in batches:
-        target, g = predict_importances(model, decomposition, batch)
-        cases.append((batch, target, g))
-        for path, x in g.items():
-            x = x[..., :-1].flatten(0, -2)  # (positions, C)
-            means[path] += x.mean(0) / n
-            l0[path] += (x > 0).sum(-1).float().mean().item() / n
-        for name, masks in evaluation_masks(g, generator):
-            output = masked_forward(model, U, V, masks, batch)
-            divergences[name] += divergence(target, output).item() / n
-            losses[name] += loss(batch, output).item() / n if loss else 0
-        losses["target"] += loss(batch, target).item() / n if loss else 0
-    matrices = {}
-    for path, mean in means.items():
-        alive = int((mean > ALIVE).sum())
-        matrices[path] = {"C": len(mean), "alive": alive, "l0": l0[path], "l0_per_alive": l0[path] / max(1, alive)}
-        matrices[path]["mean_importance"] = mean.tolist()
-    total = {key: sum(matrix[key] for matrix in matrices.values()) for key in ("C", "alive", "l0")}
-    with torch.enable_grad():
-        adversary = fresh_adversary(model, decomposition, cases, divergence, {path: (len(u) + 1,) for path, u in U.items()}, seed=seed)
-    return {
-        "alive_threshold": ALIVE,
-        "matrices": matrices,
-        "total": {**total, "l0_per_alive": total["l0"] / max(1, total["alive"])},
-        "divergence": dict(divergences),
-        **({"loss": {name: x - (name != "target") * losses["target"] for name, x in losses.items()}} if loss else {}),
-        "adversary": adversary,
-        "delta": delta_l2(model, U, V).item(),
-    }
-
-
-def fresh_adversary(model, decomposition, cases, divergence: Divergence, shapes: dict, movable=None, seed: int = 0) -> dict[str, float]:
-    """Attack ([VPD] section 6): divergence after 20, 40 and 80 steps of sign ascent from chance, {"20": ..., "40": ..., "80": ...}.
-
-    cases: [(batch, target output, g), ...], attacked together. shapes {path: ...} of the sources: (C + 1,) for ONE source per mask
-    shared by all positions of all cases, so that what is found is a systematic flaw and not the noise of single inputs; (..., C + 1)
-    for each position its own. movable: bools of these shapes, what the adversary may move (default: all, also Delta's).
-    """
-    U, V = detached(decomposition.U), detached(decomposition.V)
-    device = next(iter(U.values())).device
-    generator, found = torch.Generator(device).manual_seed(seed), {}
-    sources = {path: torch.rand(shape, generator=generator, device=device).requires_grad_() for path, shape in shapes.items()}
-    began = time.monotonic()
-    for step in range(81):
-        total, gradients = 0.0, [torch.zeros_like(r) for r in sources.values()]
-        for batch, target, g in cases:
-            loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources) / len(cases)
-            gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(loss, list(sources.values())))]
-            total += loss.item()
-        if step in (20, 40, 80):
-            found[str(step)] = total
-        if (spent := time.monotonic() - began) > 5:
-            left = spent / (step + 1) * (80 - step)
-            progress(f"fresh adversary: step {step}/80  divergence {total:.2g}  {left:.0f} s left", step == 80, step == 20)
-        for (path, r), gradient in zip(sources.items(), gradients):
-            r.data.add_(0.1 * gradient.sign() * (movable[path] if movable else 1)).clamp_(0, 1)
-    return found
-
-
 def draw_spectrum(metrics: dict, file: Path) -> None:
     """The spectrum: all mean causal importances, sorted, per matrix. A cliff separates the alive from the dead."""
-    import matplotlib.pyplot as plt  # here, so that the method itself runs without it
-
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    for number, (path, matrix) in enumerate(metrics["matrices"].items()):
-        mean = sorted(matrix["mean_importance"], reverse=True)
-        label = f"{path}: {matrix['alive']} alive of {matrix['C']}"
-        axis.plot(range(1, len(mean) + 1), [max(x, 1e-8) for x in mean], marker=".", linestyle=("-", "--", ":")[number % 3], label=label)
-    axis.axhline(ALIVE, color="gray", linewidth=1, label=f"alive above {ALIVE:g}")
-    axis.set(yscale="log", xlabel="subcomponent, sorted", ylabel="mean causal importance (at least 1e-8)", title="Spectrum")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    curves = {}
+    for path, matrix in metrics["matrices"].items():
+        mean = [max(x, 1e-8) for x in sorted(matrix["mean_importance"], reverse=True)]
+        curves[f"{path}: {matrix['alive']} alive of {matrix['C']}"] = (range(1, len(mean) + 1), mean)
+    _draw(curves, "Spectrum", "subcomponent, sorted", "mean causal importance (at least 1e-8)", file, ALIVE)
 
 
 def draw_losses(log: Path, file: Path) -> None:
-    """The five losses, without their coefficients, and L0 over the training steps, from log.jsonl."""
-    import matplotlib.pyplot as plt
-
+    """The five losses, without their weights, and L0 over the training steps, from log.jsonl."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name in lines[0]:
-        if name not in ("step", "seconds") and not name.startswith("gradient"):
-            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
-    axis.set(yscale="log", xlabel="step", ylabel="loss, or L0", title="Losses and L0 over the training")
-    axis.legend(fontsize=8)
+    names = [name for name in lines[0] if name not in ("step", "seconds") and not name.startswith("gradient")]
+    steps = [line["step"] for line in lines]
+    curves = {name.replace("_", " "): (steps, [line[name] for line in lines]) for name in names}
+    _draw(curves, "Losses and L0 over the training", "step", "loss, or L0", file)
+
+
+def _draw(curves: dict[str, tuple], title: str, xlabel: str, ylabel: str, file: Path, threshold=None) -> None:
+    """Curves {label: (x, y)} over a logarithmic axis, as a picture."""
+    import matplotlib.pyplot as plt  # here, so that the method itself runs without it
+
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    for number, (label, (x, y)) in enumerate(curves.items()):
+        axis.plot(x, y, marker=".", markersize=3, linestyle=("-", "--", ":")[number % 3], label=label)
+    if threshold:
+        axis.axhline(threshold, color="gray", linewidth=1, label=f"alive above {threshold:g}")
+    axis.set(yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 10  Reading a decomposition ([VPD] section 8)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def cut_forward(model, decomposition: Decomposition, masks: dict, batch: Tensor, embeddings=()) -> tuple[Tensor, dict, dict]:
-    """A masked forward pass in which the output of every decomposed matrix and embedding, its *write*, is cut off from its input.
-
-    So the gradient of anything later with respect to a write is its direct effect, not one through further decomposed matrices.
-    embeddings: paths of modules that are no decomposed matrices, but whose outputs are writes too.
-    Returns the output; the subcomponent activations a_c = ||U_c|| V_c^T x, {path: (..., C)}; and the writes, leaves of the graph
-    of gradients, {path: (..., d_out)}, in the order in which they run.
-    """
-    U, V = detached(decomposition.U), detached(decomposition.V)
-    activations, writes = {}, {}
-
-    def cutter(path):
-        def hook(module, args, output):
-            if path in U:
-                activations[path] = args[0] @ V[path] * U[path].norm(dim=-1)
-                output = masked_linear(module, args[0], output, U[path], V[path], masks[path])
-            writes[path] = output.detach().requires_grad_()
-            return writes[path]
-
-        return hook
-
-    with _hooked(model, {path: cutter(path) for path in (*embeddings, *U)}):
-        output = model(batch)
-    return output, activations, writes
-
-
-def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activations: dict, writes: dict) -> dict[str, Tensor]:
-    """How much every subcomponent adds directly to `value`, a scalar of a `cut_forward`: {path: (..., C + 1)}.
-
-    (d value / d a_c) a_c m_c; the last column is of the matrix's bias and Delta. For an embedding: (..., 1). Linearised at this
-    input: where value depends linearly on what is written, all of them add up to it.
-    """
-    found = {}
-    if not value.requires_grad:  # of the first matrix: nothing writes to what it reads
-        return found
-    gradients = torch.autograd.grad(value, list(writes.values()), retain_graph=True, allow_unused=True)
-    for (path, write), gradient in zip(writes.items(), gradients):
-        if gradient is None:
-            continue  # it runs after what value depends on
-        found[path] = (gradient * write).sum(-1, keepdim=True)
-        if path in decomposition.U:
-            unit = F.normalize(decomposition.U[path].detach(), dim=-1)  # U_c / ||U_c||
-            parts = masks[path][..., :-1] * activations[path].detach() * (gradient @ unit.T)  # (..., C)
-            found[path] = torch.cat([parts, found[path] - parts.sum(-1, keepdim=True)], -1)
-    return found
-
-
-def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(), share: float = 0.0) -> dict:
-    """The attribution graph of one input (1, T): who contributes directly to whom, and to outcome(output), a scalar.
-
-    Nodes: every subcomponent at every position with g > 0, every embedding at every position, and the outcome, in the order in
-    which they run. Edges: those whose attribution has at least this share of all that (in absolute value) goes into their target.
-    Returns {"nodes": [{"matrix", "position", "subcomponent", "importance", "activation"}, ...],
-    "edges": [{"source", "target" (numbers of nodes), "attribution", "share"}, ...]}.
-    """
-    output, activations, writes = cut_forward(model, decomposition, g, batch, embeddings)
-    nodes, number, values = [], {}, []
-    for path, write in writes.items():
-        for t, c in g[path][0, :, :-1].nonzero().tolist() if path in g else [(t, 0) for t in range(write.shape[-2])]:
-            number[path, t, c] = len(nodes)
-            values.append(activations[path][0, t, c] if path in g else None)
-            known = {"importance": g[path][0, t, c].item(), "activation": values[-1].item()} if path in g else {}
-            nodes.append({"matrix": path, "position": t, "subcomponent": c, **known})
-    nodes.append({"matrix": "outcome", "position": batch.shape[1] - 1, "subcomponent": 0})
-    edges = []
-    for target, value in enumerate([*values, outcome(output)]):
-        if value is None:
-            continue  # an embedding: nothing goes into it
-        found = attributions(value, decomposition, g, activations, writes)
-        total = max(1e-30, sum(x.abs().sum().item() for x in found.values()))
-        for path, x in found.items():
-            x = x.reshape(-1, x.shape[-1])  # (T, C + 1), or (T, 1)
-            for t, c in (x.abs() >= max(share, 1e-9) * total).nonzero().tolist():
-                if (source := number.get((path, t, c))) is not None:
-                    edges.append({"source": source, "target": target, "attribution": x[t, c].item(), "share": x[t, c].abs().item() / total})
-    return {"nodes": nodes, "edges": edges}
-
-
-def prune(
-    model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, price: float, stochastic=True, adversarial=True, steps=300, seed=0
-) -> dict[str, Tensor]:
-    """Which of the subcomponents that are active on `batch` does one behaviour need? New causal importances, of the shape of g.
-
-    They start at g and stay 0 where g is; where g > 0 (a node) they are trained to keep loss(output), a scalar, low, at `price` nats
-    or the like for each node that is kept. Masks while training: m = g + (1 - g) r as ever, with the sources r of nodes random
-    (stochastic) or an adversary's (adversarial), the mean of both losses if both; all other sources are random. With neither,
-    the importances themselves are the masks, and all else is 0. AdamW on raw scores, lr 0.05, short warm-up and cosine.
-    """
-    U, V = detached(decomposition.U), detached(decomposition.V)
-    active = {path: x > 0 for path, x in g.items()}
-    generator, device = torch.Generator(batch.device).manual_seed(seed), batch.device
-    z = {path: x.clone().requires_grad_() for path, x in g.items()}
-    optimizer = torch.optim.AdamW(z.values(), lr=0.05, weight_decay=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        sources, ascent = start_adversary({path: x.shape for path, x in g.items()}, device, Config(adversary_lr=0.1))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        pruned = {path: lower_leaky(x) * active[path] for path, x in z.items()}
-        if stochastic or adversarial:
-            random = {path: torch.rand(x.shape, generator=generator, device=device) for path, x in g.items()}
-            chosen = {path: torch.where(active[path], sources[path], random[path]) for path in g}
-            kinds = [make_masks(pruned, r) for r, wanted in ((random, stochastic), (chosen, adversarial)) if wanted]
-        else:
-            kinds = [pruned]
-        kept = sum((upper_leaky(x) * active[path] + 1e-12).sqrt().sum() for path, x in z.items())  # p = 0.5: few, and decided
-        total = sum(loss(masked_forward(model, U, V, masks, batch)) for masks in kinds) / len(kinds) + price * kept
-        gradients = torch.autograd.grad(total, [*z.values(), *(sources.values() if adversarial else ())])
-        for x, gradient in zip(z.values(), gradients):
-            x.grad = gradient
-        optimizer.step()
-        if adversarial:
-            ascend(ascent, list(gradients[len(z) :]))
-    return {path: (lower_leaky(x) * active[path]).detach() for path, x in z.items()}
-
-
-def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, Tensor]]:
-    """For each subcomponent of one decomposition, how like it the most similar one of another is, {path: {"U", "V", "product": (C,)}}.
-
-    Their means are the MMCS of [VPD] section 6. Cosines: of the directions U_c and V_c without their signs, which mean nothing alone, and
-    of U_c V_c^T with its sign, or 0 if that is higher. Leave out dead subcomponents: they point anywhere.
-    """
-    found = {}
-    for path, U in one.U.items():
-        u = F.normalize(U.detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of the other)
-        v = F.normalize(one.V[path].detach(), dim=0).T @ F.normalize(other.V[path].detach(), dim=0)
-        found[path] = {name: F.pad(x, (0, 1)).amax(1) for name, x in (("U", u.abs()), ("V", v.abs()), ("product", u * v))}
-    return found

@@ -239,7 +239,7 @@ def run(tmp_path_factory):
     """A finished run of a tiny model on TEXT."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text(TEXT)
-    config = vpd.Config(steps=30, warmup_steps=50, lr=5e-3, G="transformer", G_width=32, G_blocks=1, G_heads=2)
+    config = vpd.Config(steps=30, warmup_steps=50, lr=5e-3, G_type="transformer", G_width=32, G_blocks=1, G_heads=2)
     preset = gpt.Preset(gpt.Shape(2, 16, 2, 16, 280), 4, 60, 1e-2, dict.fromkeys(KINDS, 6), config)
     settings = {"preset": "laptop", "data": str(folder / "text.txt"), "init_from": "", "seed": 0, "steps": 0, "C": 1}
     with pytest.MonkeyPatch.context() as patch:
@@ -354,7 +354,7 @@ def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_co
     assert all(matrix["C"] == 3 for matrix in metrics["matrices"].values()) and metrics["data"].endswith("text.txt")
     made = json.loads((tmp_path / "half" / "decomposition" / "run.json").read_text())
     assert made["config"]["steps"] == 3 and made["config"]["seed"] == 1
-    assert made["target"] == json.loads((run.folder / "decomposition" / "run.json").read_text())["target"]
+    assert made["target model"] == json.loads((run.folder / "decomposition" / "run.json").read_text())["target model"]
 
     command("--out", run.folder, "--compare", run.folder)
     found = json.loads((run.folder / "compare.json").read_text())

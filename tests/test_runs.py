@@ -17,7 +17,7 @@ import vpd
 from test_vpd import C, Net
 
 ROOT = Path(vpd.__file__).parent
-CONFIG = vpd.Config(steps=120, warmup_steps=20, importance=1e-4)
+CONFIG = vpd.Config(steps=120, warmup_steps=20, w_importance=1e-4)
 
 RUN = f"""
 import sys, torch
@@ -138,13 +138,13 @@ small = dataclasses.replace(CONFIG, steps=3)
         (dict(sizes={"first": 0}), r"C\['first'\] is 0.*at least 1"),
         (dict(sizes={"first": 2.5}), r"C\['first'\] is 2.5"),
         (dict(model=Tied().eval(), sizes={"first": 4}), r"first.weight is tied to last.weight"),
-        (dict(model=Twice().eval(), sizes={"square": 4}), r"square runs more than once"),
+        (dict(model=Twice().eval(), sizes={"square": 4}), r"square runs twice"),
         (dict(model=Twice().eval(), sizes={"unused": 4}), r"unused does not run"),
         (dict(model=net().train()), r"call model.eval\(\)"),
         (dict(model=nan_net()), r"target model's output is not finite on the first batch"),
-        (dict(config=dataclasses.replace(small, G="transformer")), r"set G='mlp'"),
+        (dict(config=dataclasses.replace(small, G_type="transformer")), r"set G_type='mlp'"),
         (dict(config=dataclasses.replace(small, steps=0)), r"steps is 0"),
-        (dict(config=dataclasses.replace(small, G="lstm")), r"G is 'lstm'"),
+        (dict(config=dataclasses.replace(small, G_type="lstm")), r"G_type is 'lstm'"),
         (dict(config=dataclasses.replace(small, G_width=30)), r"G_width is 30.*multiple of 2 \* G_heads = 8"),
         (dict(model=net().double(), get_batch=lambda g: batches(g).double()), r"weight is torch.float64: call model.float\(\)"),
     ],
@@ -217,7 +217,7 @@ def test_a_damaged_run_json_is_refused(tmp_path):
 
 # --- Several processes ---
 
-TOGETHER = dataclasses.replace(CONFIG, steps=12, clip_UV=math.inf, clip_G=math.inf, frequency=0.1, importance=0.1)
+TOGETHER = dataclasses.replace(CONFIG, steps=12, clip_UV=math.inf, clip_G=math.inf, w_frequency=0.1, w_importance=0.1)
 
 
 def joined_step(config, rows):

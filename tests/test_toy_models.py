@@ -107,4 +107,4 @@ def test_the_default_run_finds_the_five_mechanisms_of_tms_5_2(tmp_path):
         assert torch.equal((probe > 0.5).float()[:, :5], torch.eye(5))  # each feature its own
     # and the maskings are ordered as they must be: nothing ablated best, everything ablated worst
     d = metrics["divergence"]
-    assert d["unmasked"] < d["stochastic"] < d["importance"] < d["ablated"] / 5
+    assert d["unmasked"] < d["stochastic"] < d["g"] < d["ablated"] / 5

@@ -145,7 +145,7 @@ def test_bad_data_ends_in_one_line_and_leaves_no_folder(case, tmp_path, monkeypa
 
 
 def small_preset():
-    config = vpd.Config(steps=6, warmup_steps=5, G="transformer", G_width=32, G_blocks=1, G_heads=2)
+    config = vpd.Config(steps=6, warmup_steps=5, G_type="transformer", G_width=32, G_blocks=1, G_heads=2)
     return gpt.Preset(gpt.Shape(2, 16, 2, 8, 270), 4, 30, 3e-3, {"attn.q": 4, "attn.o": 4, "mlp.up": 6, "mlp.down": 6}, config)
 
 
@@ -235,7 +235,7 @@ def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parame
         found[bf16] = vpd.training_step(model, batch, vpd.kl, training, config)
         state = [*training.decomposition.U.values(), *training.decomposition.G.parameters(), *training.sources.values()]
         assert all(x.dtype == x.grad.dtype == torch.float32 for x in state)
-    assert found[True]["delta"] == found[False]["delta"]  # never in bfloat16
+    assert found[True]["delta_l2"] == found[False]["delta_l2"]  # never in bfloat16
     assert found[True]["stochastic"] != found[False]["stochastic"]  # the forward passes are
     assert found[True] == pytest.approx(found[False], rel=0.1)
 

@@ -181,7 +181,7 @@ def test_divergences_against_their_definitions():
 def test_minimality_losses_against_their_definitions_and_over_a_split_batch(p):
     torch.manual_seed(0)
     z = {"a": torch.randn(4, 3, 5) + 0.3, "b": torch.randn(4, 3, 2)}
-    S, positions = vpd.importance_sums(z, p)
+    S, positions = vpd.usage(z, p)
     importance = frequency = 0.0
     for score in z.values():
         for c in range(score.shape[-1]):
@@ -192,7 +192,7 @@ def test_minimality_losses_against_their_definitions_and_over_a_split_batch(p):
     assert vpd.importance_minimality(S, positions).item() == pytest.approx(importance, rel=1e-3)
     assert vpd.frequency_minimality(S, positions).item() == pytest.approx(frequency, rel=1e-3)
 
-    parts = [vpd.importance_sums({path: score[half] for path, score in z.items()}, p) for half in (slice(0, 1), slice(1, 4))]
+    parts = [vpd.usage({path: score[half] for path, score in z.items()}, p) for half in (slice(0, 1), slice(1, 4))]
     S_parts, positions_parts = parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
     for loss in (vpd.importance_minimality, vpd.frequency_minimality):
         torch.testing.assert_close(loss(S_parts, positions_parts), loss(S, positions))
@@ -201,7 +201,7 @@ def test_minimality_losses_against_their_definitions_and_over_a_split_batch(p):
 
 def test_minimality_gradient_is_finite_where_importances_are_zero():
     z = {"a": torch.tensor([[0.0, -1.0, 1e-8, 0.5]], requires_grad=True)}
-    S, positions = vpd.importance_sums(z, 0.4)
+    S, positions = vpd.usage(z, 0.4)
     vpd.frequency_minimality(S, positions).backward()
     assert z["a"].grad.isfinite().all() and z["a"].grad[0, 1] == 0
 
@@ -242,7 +242,7 @@ def start(config, seed=0, shape=(16,)):
 
 
 def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
-    config = vpd.Config(G="mlp", adversary_lr=0.05)
+    config = vpd.Config(G_type="mlp", adversary_lr=0.05)
     model, training, x = start(config)
     U, V = vpd.detached(training.decomposition.U), vpd.detached(training.decomposition.V)
     target, g = vpd.predict_importances(model, training.decomposition, x)
@@ -262,7 +262,7 @@ def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
 
 
 def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
-    config = vpd.Config(G="mlp", adversary_steps=0, importance=0.3, frequency=0.1, delta=0.7, clip_UV=1e9, clip_G=1e9, p_start=1.5, price_start=3.0)
+    config = vpd.Config(G_type="mlp", adversary_steps=0, w_importance=0.3, w_frequency=0.1, w_delta=0.7, clip_UV=1e9, clip_G=1e9, p_start=1.5, price_start=3.0)
     model, training, x = start(config)
     copied = copy.deepcopy(training)
     copied.noise = torch.Generator().set_state(training.noise.get_state())  # the step's own draws
@@ -277,7 +277,7 @@ def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
     expected = [torch.zeros_like(leaf) for leaf in leaves]
     for name in ("stochastic", "adversarial", "importance", "frequency", "delta"):
         target, z, g = forward()
-        S, n = vpd.importance_sums(z, 1.5)
+        S, n = vpd.usage(z, 1.5)
         loss = {
             "stochastic": lambda: vpd.stochastic_reconstruction(model, U, V, g, x, target, vpd.mse, copied.noise),
             "adversarial": lambda: vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, r),
@@ -286,7 +286,7 @@ def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
             "delta": lambda: vpd.delta_l2(model, U, V),
         }[name]()
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
-        coefficient = getattr(config, name) * (3 if name in ("importance", "frequency") else 1)  # the first step: price_start
+        coefficient = getattr(config, f"w_{name}") * (3 if name in ("importance", "frequency") else 1)  # the first step: price_start
         expected = [e + coefficient * (0 if d is None else d) for e, d in zip(expected, gradients)]
         if name == "adversarial":
             expected_sources = torch.autograd.grad(loss, list(r.values()))
@@ -301,7 +301,7 @@ def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
 
 
 def test_a_training_step_never_changes_the_target():
-    config = vpd.Config(G="mlp")
+    config = vpd.Config(G_type="mlp")
     model, training, x = start(config)
     weights, before = copy.deepcopy(model.state_dict()), model(x)
     for _ in range(3):
@@ -311,8 +311,8 @@ def test_a_training_step_never_changes_the_target():
 
 
 def test_the_warmup_fits_the_weights_with_u_and_v_alone():
-    model, training, x = start(vpd.Config(G="mlp", warmup_steps=0))
-    _, warm, _ = start(vpd.Config(G="mlp"))
+    model, training, x = start(vpd.Config(G_type="mlp", warmup_steps=0))
+    _, warm, _ = start(vpd.Config(G_type="mlp"))
     before, after = (vpd.delta_l2(model, t.decomposition.U, t.decomposition.V).item() for t in (training, warm))
     assert after < before / 5
     G, warm_G = training.decomposition.G.state_dict(), warm.decomposition.G.state_dict()
@@ -323,7 +323,7 @@ def test_a_sequence_model_goes_through_the_same_decompose():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 4), Net()).eval()
     paths = {"1.first": 6, "1.last": 7}
-    config = vpd.Config(steps=4, G_width=16, G_blocks=1, G_heads=2, importance=1e-2)
+    config = vpd.Config(steps=4, G_width=16, G_blocks=1, G_heads=2, w_importance=1e-2)
     found = vpd.decompose(model, paths, lambda generator: torch.randint(11, (3, 5), generator=generator), vpd.kl, config)
     metrics = vpd.evaluate(model, found, [torch.randint(11, (3, 5))], vpd.kl)
     assert metrics["total"]["C"] == 13 and set(metrics["adversary"]) == {"20", "40", "80"}
@@ -358,7 +358,7 @@ def test_evaluation_against_explicit_weights_and_counts():
         return (output - exact(x.double())).square().mean().item()
 
     expected = {"unmasked": torch.ones_like, "rounded_0": lambda a: (a > 0).float(), "rounded_0.1": lambda a: (a > 0.1).float()}
-    expected |= {"rounded_0.5": lambda a: (a > 0.5).float(), "importance": lambda a: a, "ablated": torch.zeros_like}
+    expected |= {"rounded_0.5": lambda a: (a > 0.5).float(), "g": lambda a: a, "ablated": torch.zeros_like}
     for name, masking in expected.items():
         assert metrics["divergence"][name] == pytest.approx(divergence(masking), rel=1e-4), name
     assert len({round(d, 9) for d in metrics["divergence"].values()}) >= 6  # the maskings really differ here
