@@ -395,8 +395,7 @@ def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, 
     for path, (parts, _) in drawn.items():
         draw_subcomponents(toy, model, decomposition, path, parts, out / f"subcomponents_{path}.png")
     draw_importances(toy, drawn, out / "importances.png")
-    vpd.draw_spectrum(metrics, out / "spectrum.png")
-    vpd.draw_losses(out / "log.jsonl", out / "losses.png")
+    vpd.draw_run(metrics, out / "log.jsonl", out / "training.png")
     return metrics
 
 
@@ -407,7 +406,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="fixes the target, its data and the decomposition (default: 0)")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL, and what differs from the default run)")
     parser.add_argument("--without", nargs="+", choices=LOSSES, default=(), metavar="LOSS", help=f"train without: {', '.join(LOSSES)}")
-    parser.add_argument("--device", default=vpd.best_device(), help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--published", action="store_true", help="residual MLP in the published size, much slower")
     options = parser.parse_args()
     torch.set_num_threads(1)  # these matrices are too small for more to pay, and results do not depend on the machine's cores

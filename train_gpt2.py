@@ -723,8 +723,7 @@ def evaluation(run: Run, settings: dict) -> dict:
         "operations_per_second": positions * operations(run.model, run.C, config) / seconds,
         "matrix_rate": vpd.processes() * matrix_rate(run.device, config.bf16),  # the same devices on one large matrix product
     }
-    vpd.draw_spectrum(metrics, run.folder / "spectrum.png")
-    vpd.draw_losses(log, run.folder / "losses.png")
+    vpd.draw_run(metrics, log, run.folder / "training.png")
     draw_masking(metrics, run.folder / "masking.png")
     if run.tokenizer:
         text = side_by_side(run.model, run.decomposition, batches[0][:1, : run.preset.shape.context // 2], run.tokenizer)
@@ -855,7 +854,7 @@ def report(run: Run) -> str:
     parts = parts_of(run, *observe(run))
     vocabulary = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in range(run.preset.shape.vocabulary)]
     metrics = json.loads((run.folder / "metrics.json").read_text())
-    pictures = [base64.b64encode((run.folder / name).read_bytes()).decode() for name in ("masking.png", "spectrum.png", "losses.png")]
+    pictures = [base64.b64encode((run.folder / name).read_bytes()).decode() for name in ("masking.png", "training.png")]
     data = json.dumps({"vocabulary": vocabulary, "parts": parts}, separators=(",", ":"), allow_nan=False)
     data = data.replace("<", "\\u003c")  # no tag inside
     page = PAGE.replace("@@TABLE@@", html.escape(table(metrics)))
@@ -1358,7 +1357,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own preset, data and seed")
-    parser.add_argument("--device", default=vpd.best_device(), help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: the best there is)")
     reading = parser.add_argument_group("read a finished run (--out)")
     reading.add_argument("--report", action="store_true", help="write report.html, the page of all parts, and print the clearest")
     reading.add_argument("--circuit", nargs="+", metavar="PROMPT", help="the attribution graph of the prediction after each prompt, and its prunings")

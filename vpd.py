@@ -22,28 +22,22 @@ One mask by hand: three subcomponents have importances g = (1, 0.8, 0) and sourc
 m = (1, 0.85, 0.3). The first is needed: it stays whole, whatever its source. The second can lose at most a fifth of
 itself, here 0.8 + 0.2 * 0.25 = 0.85. The third is not needed: its mask is its source.
 
-Read from top to bottom; a learner can stop at the end of section 9:
+Read from top to bottom. A learner can stop at the end of section 9:
 
-    1  Subcomponents: the forward pass with masked weights
-    2  From scores to masks: the two hard sigmoids, masks, subset routing
-    3  Causal importance functions: who predicts the scores
-    4  The five losses
-    5  The adversary
-    6  Settings, and the training step: the heart
-    7  decompose: the warm-up and the loop
-    8  Evaluation: how we know that it worked
-    9  Reading a decomposition: attribution graphs, pruning to one behaviour, comparing two decompositions
-   10  Running it: several processes, checks, the run folder, checkpoints, progress, pictures
+    1  Subcomponents: the forward pass with masked weights     6  Settings, and the training step: the heart
+    2  From scores to masks                                    7  decompose: the warm-up and the loop
+    3  Causal importance functions: who predicts the scores    8  Evaluation: how we know that it worked
+    4  The five losses                                         9  Reading: attribution graphs, pruning, similarity
+    5  The adversary                                          10  Running it: processes, checks, checkpoints, pictures
 
 Shapes: B = batch, T = positions in a sequence (models without sequences have none), C = subcomponents of a matrix,
 L = number of decomposed matrices. "..." stands for all positions: (B,) or (B, T). The key of every dict is the path of
 a matrix in the model, as in `model.get_submodule(path)`.
 
-The method is that of "Interpreting Language Model Parameters" (Bushnaq et al., 2026), cited below as [VPD]. It builds
-on "Stochastic Parameter Decomposition" (arXiv 2506.20790), cited as [SPD]. The tag `ours:` marks what departs from them.
-
-Not here, on purpose: matrices that are not `nn.Linear` (embeddings, convolutions), clustering of subcomponents into
-larger components, experiment trackers, and any knowledge of which model is being decomposed.
+The method is that of "Interpreting Language Model Parameters" (Bushnaq et al., 2026), cited as [VPD]. It builds on
+"Stochastic Parameter Decomposition" (arXiv 2506.20790), cited as [SPD]. The tag `ours:` marks what departs from them.
+Not here, on purpose: matrices that are not `nn.Linear`, subcomponents clustered into larger components, experiment
+trackers, and any knowledge of which model is being decomposed.
 """
 
 from __future__ import annotations
@@ -70,7 +64,6 @@ from torch import Tensor, nn
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # (target output, masked output) -> scalar, a mean over positions
 
-
 # ---- 1  Subcomponents: the forward pass with masked weights ---------------------------------------------------------
 
 @contextlib.contextmanager
@@ -80,7 +73,6 @@ def _hooked(model: nn.Module, paths, hook: Callable):
         for path in paths:
             handles.enter_context(model.get_submodule(path).register_forward_hook(functools.partial(hook, path)))
         yield
-
 
 @torch.no_grad()
 def forward_with_inputs(model: nn.Module, paths, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -97,7 +89,6 @@ def forward_with_inputs(model: nn.Module, paths, batch: Tensor) -> tuple[Tensor,
     # in the order of `paths`, not in which they ran; a matrix that did not run is left out, and `check` names it
     return output, {path: inputs[path] for path in paths if path in inputs}
 
-
 def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor], batch: Tensor) -> Tensor:
     """The model's output with each matrix W replaced, position by position, by
 
@@ -108,9 +99,8 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
 
         W'(m) x = m_Delta W x + sum_c (m_c - m_Delta) U_c V_c^T x
 
-    A mask of ones gives exactly the target: that is how a position is left out of the decomposition.
-    The model's parameters are not touched; the masks live only in the hooks of this one call.
-    """
+    A mask of ones gives exactly the target: that is how a position is left out of the decomposition. The model's
+    parameters are not touched; the masks live only in the hooks of this one call."""
 
     def replace(path, module, args, output):
         return masked_linear(module, args[0], output, U[path], V[path], masks[path])
@@ -118,24 +108,19 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
     with _hooked(model, masks, replace):
         return model(batch)
 
-
 def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Tensor, mask: Tensor) -> Tensor:
-    """One matrix under a mask (..., C + 1): from its input x (..., d_in) and plain output (..., d_out), its masked output."""
+    """The masked output of one matrix: input x (..., d_in), plain output (..., d_out), mask (..., C + 1)."""
     m, m_delta = mask.split([V.shape[1], 1], -1)  # (..., C), (..., 1)
     Wx = output if module.bias is None else output - module.bias
-    # output + (m_delta - 1) Wx, and not m_delta Wx + bias: so the target comes out to the last bit where the mask is 1
+    # output + (m_delta - 1) Wx, and not m_delta Wx + bias: where all masks are 1, the target comes out to the last bit
     return output + (m_delta - 1) * Wx + ((m - m_delta) * (x @ V)) @ U
 
-
 # ---- 2  From scores to masks ----------------------------------------------------------------------------------------
-#
-# A causal importance function (section 3) gives every subcomponent a raw score z at every position. A hard sigmoid turns
-# it into a causal importance g in [0, 1]: 0 = "can be ablated here, in any combination", 1 = "cannot".
-#
-# There are two hard sigmoids, because two forces act on g and each has to reach a score that has left [0, 1]:
+# A causal importance function (section 3) gives every subcomponent a raw score z at every position. A hard sigmoid
+# turns it into a causal importance g in [0, 1]: 0 = "can be ablated here, in any combination", 1 = "cannot". There are
+# two of them, because two forces act on g, and each has to reach a score that has left [0, 1]:
 #   lower_leaky  is used in the masks. Reconstruction raises g: its gradient leaks through where z < 0.
 #   upper_leaky  is used in the minimality losses. They lower g: their gradient leaks through where z > 1.
-
 
 class _LowerLeaky(torch.autograd.Function):
     @staticmethod
@@ -149,68 +134,49 @@ class _LowerLeaky(torch.autograd.Function):
         revive = torch.where(grad < 0, 0.01 * grad, 0.0)  # descent would raise g: let a hundredth through
         return torch.where(z <= 0, revive, torch.where(z <= 1, grad, 0.0))
 
-
 def lower_leaky(z: Tensor) -> Tensor:
     """The hard sigmoid for masks: clamp(z, 0, 1), any shape ([VPD] section 2; [SPD] appendix).
 
-    Below 0 a hundredth of the gradient passes, and only where descent would raise g. Without it, a subcomponent at g = 0
-    could never come back; if it passed both ways, it would push dead subcomponents ever further down. The gradient
-    alone leaks (a straight-through estimator): a mask never leaves [0, 1].
-    """
+    Below 0 a hundredth of the gradient passes, and only where descent would raise g. Without it, a subcomponent at
+    g = 0 could never come back; if it passed both ways, it would push dead subcomponents ever further down. Only the
+    gradient leaks (a straight-through estimator): a mask never leaves [0, 1]."""
     return _LowerLeaky.apply(z)
 
-
 def upper_leaky(z: Tensor) -> Tensor:
-    """The hard sigmoid for the minimality losses: clamp(z, 0, 1), but with slope 0.01 above 1, any shape.
-
-    So a causal importance that has saturated at 1 can still be brought down.
-    """
+    """The hard sigmoid for the minimality losses: clamp(z, 0, 1), but with slope 0.01 above 1, any shape."""
     return z.clamp(0, 1) + 0.01 * (z - 1).clamp(min=0)
-
 
 def causal_importances(z: dict[str, Tensor]) -> dict[str, Tensor]:
     """Scores (..., C) to causal importances g (..., C + 1) in [0, 1]. The last column is Delta's: 0, by definition."""
     return {path: F.pad(lower_leaky(score), (0, 1)) for path, score in z.items()}
 
-
 def make_masks(g: dict[str, Tensor], sources: dict[str, Tensor]) -> dict[str, Tensor]:
-    """m = g + (1 - g) r ([VPD] section 2), all (..., C + 1); r are the sources, in [0, 1].
-
-    g = 1 pins a mask to 1. g = 0 leaves it to its source: to chance (stochastic loss) or to an adversary.
-    """
+    """m = g + (1 - g) r ([VPD] section 2), all (..., C + 1); the sources r in [0, 1] are random, or an adversary's."""
     return {path: g[path] + (1 - g[path]) * sources[path] for path in g}
 
-
 def route(masks: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Subset routing ([VPD] section 4): each position draws k ~ Uniform{1..L}, and k of the L matrices stay masked there.
+    """Subset routing ([VPD] section 4): each position draws k ~ Uniform{1..L}; a random k of L matrices stay masked.
 
-    The other matrices get masks of ones there, which is the target's own weight. So one loss covers all cases between
-    masking all matrices at once (do errors add up?) and masking one alone (is each of them right by itself?).
-    """
-    L, positions = len(masks), next(iter(masks.values())).shape[:-1]
-    device = generator.device
+    The others get masks of ones there, which is the target's own weight. So one loss covers all cases between masking
+    all matrices at once (do errors add up?) and one alone (is each of them right by itself?)."""
+    L, positions, device = len(masks), next(iter(masks.values())).shape[:-1], generator.device
     order = torch.rand(*positions, L, generator=generator, device=device).argsort(-1)  # (..., L), a random permutation
     k = torch.randint(1, L + 1, (*positions, 1), generator=generator, device=device)  # (..., 1)
     return {path: torch.where((order < k)[..., l, None], m, 1.0) for l, (path, m) in enumerate(masks.items())}
 
-
 # ---- 3  Causal importance functions: who predicts the scores --------------------------------------------------------
-#
-# Both take the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, with U and V, and give
-# raw scores {path: (..., C)}. `Config.G_type` says which is used. Both are made and called in the same way, so each is
-# given something that it does not use: the MLPs no setting, the transformer neither U nor V.
-
+# Both turn the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, into raw scores
+# {path: (..., C)}. `Config.G_type` says which is used. They are made and called alike, so each gets something that it
+# does not use: the MLPs the settings, the transformer U and V.
 
 class ImportanceMLPs(nn.Module):
     """One tiny MLP (16 GELUs) per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
-    ours: the input is the activation ||U_c|| V_c^T x, and not V_c^T x. A subcomponent whose weights have shrunk to
-    nothing then sees nothing and stays off; otherwise it goes on firing a little on rare inputs.
-    ours: all weights enter by their absolute values, so a score rises with the activation (but for the dip of GELU), and
-    a subcomponent detects one sign of it. Otherwise one subcomponent often serves two features that point in almost
-    opposite directions, and training cannot part them again.
-    All subcomponents of all matrices are evaluated in two batched matrix products.
-    """
+    ours: the input is the activation ||U_c|| V_c^T x, and not V_c^T x. So a subcomponent whose weights have shrunk to
+    nothing sees nothing and stays off; otherwise it goes on firing a little on rare inputs.
+    ours: all weights enter by their absolute values. So a score rises with the activation (but for the dip of GELU),
+    and a subcomponent detects one sign of it; otherwise one often serves two features that point in almost opposite
+    directions, which training cannot part again."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
@@ -231,7 +197,6 @@ class ImportanceMLPs(nn.Module):
         z = torch.baddbmm(self.b_out, h, self.w_out.abs()).squeeze(-1).T.reshape(a.shape)  # (..., sum C)
         return dict(zip(inputs, z.float().split(self.sizes, -1)))
 
-
 def rotate(x: Tensor) -> Tensor:
     """Rotary position embedding (RoPE, arXiv 2104.09864), base 10,000. x: (B, heads, T, d), d even; same shape out."""
     T, half = x.shape[-2], x.shape[-1] // 2
@@ -241,9 +206,8 @@ def rotate(x: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
-
 class ImportanceBlock(nn.Module):
-    """Pre-norm transformer block: RMSNorm -> attention with RoPE, no causal mask; RMSNorm -> GELU MLP. (B, T, width)."""
+    """Pre-norm transformer block, (B, T, width): RMSNorm -> attention with RoPE; RMSNorm -> GELU MLP."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -261,12 +225,8 @@ class ImportanceBlock(nn.Module):
         x = x + self.out(y.transpose(1, 2).reshape(B, T, width))
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 
-
 class ImportanceTransformer(nn.Module):
-    """One shared bidirectional transformer over all matrices' inputs (B, T, d_in) ([VPD] section 3).
-
-    Each input is RMS-normalised, all are concatenated, projected to the width, and read out to all scores at once.
-    """
+    """One shared bidirectional transformer over all matrices' inputs (B, T, d_in) ([VPD] section 3)."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
@@ -279,17 +239,15 @@ class ImportanceTransformer(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> dict[str, Tensor]:
         x = torch.cat([F.rms_norm(x, x.shape[-1:]) for x in inputs.values()], -1)  # (B, T, sum d_in)
-        # Under autocast a matrix product is bfloat16. float() keeps the residual stream, which each block adds to, and
-        # the scores in float32: rounded to 8 bits, 1 - g and g would not add up to 1.
+        # Under autocast a matrix product is bfloat16. float() keeps the residual stream and the scores in float32: of
+        # 8 bits, g and 1 - g would not add up to 1.
         z = self.read_out(self.blocks(self.project(x).float())).float()  # (B, T, sum C)
         return dict(zip(inputs, z.split(self.sizes, -1)))
-
 
 def importance_function(V: dict[str, Tensor], config: Config) -> nn.Module:
     """A new causal importance function for matrices with the read directions V {path: (d_in, C)}."""
     function = {"mlp": ImportanceMLPs, "transformer": ImportanceTransformer}[config.G_type]
     return function({path: tuple(v.shape) for path, v in V.items()}, config)
-
 
 # ---- 4  The five losses ([VPD] section 4) ---------------------------------------------------------------------------
 
@@ -297,50 +255,34 @@ def mse(target: Tensor, output: Tensor) -> Tensor:
     """A divergence for regression: the mean squared error over all entries. Both (..., d); scalar."""
     return F.mse_loss(output.float(), target.float())
 
-
 def kl(target: Tensor, output: Tensor) -> Tensor:
     """A divergence for logits (..., vocabulary): KL(target || output) in nats, the mean over positions; scalar."""
     target, output = target.float().log_softmax(-1), output.float().log_softmax(-1)
     return F.kl_div(output, target, reduction="none", log_target=True).sum(-1).mean()
-
 
 def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Divergence, generator) -> Tensor:
     """Loss 1. The divergence from the target for sources ~ U(0, 1) under subset routing: one sample; scalar."""
     sources = {path: torch.rand(x.shape, generator=generator, device=x.device) for path, x in g.items()}
     return divergence(target, masked_forward(model, U, V, route(make_masks(g, sources), generator), batch))
 
-
 def adversarial_reconstruction(model, U, V, g, batch, target, divergence: Divergence, sources) -> Tensor:
-    """Loss 2. The divergence from the target for the adversary's sources (section 5), all matrices masked; scalar.
-
-    (A sentence of [VPD]'s appendix says subset routing here, too. Its configuration says all matrices, as we do.)
-    """
+    """Loss 2. The divergence from the target for the adversary's sources (section 5); scalar. All matrices are masked,
+    as in [VPD]'s configuration; a sentence of its appendix says subset routing here, too."""
     return divergence(target, masked_forward(model, U, V, make_masks(g, sources), batch))
 
-
 def usage(z: dict[str, Tensor], p: float) -> tuple[Tensor, int]:
-    """What losses 3 and 4 share: S_c = sum over positions of |g_c|^p, (sum C,), and the number of positions.
-
-    S is defined over the GLOBAL batch. If the batch is split, add up S and the positions of its parts, then take the
-    losses: log2(1 + S) of a part is not the loss of a part.
-    """
+    """What losses 3 and 4 share: S_c = sum over positions of |g_c|^p, (sum C,), and the number of positions. S is over
+    the GLOBAL batch: of a split batch, add up S and positions of the parts before taking the losses."""
     g = torch.cat([upper_leaky(score.float()).flatten(0, -2) for score in z.values()], -1)  # (positions, sum C)
     return (g + 1e-12).pow(p).sum(0), len(g)  # 1e-12: for p < 1 the slope at g = 0 is infinite
 
-
 def importance_minimality(S: Tensor, positions: int) -> Tensor:
-    """Loss 3. sum_c S_c / positions: |g|^p, summed over subcomponents. It makes few matter on any one input; scalar."""
+    """Loss 3. sum_c S_c / positions: few subcomponents shall matter on any one input; scalar."""
     return S.sum() / positions
 
-
 def frequency_minimality(S: Tensor, positions: int) -> Tensor:
-    """Loss 4. sum_c S_c log2(1 + S_c) / positions; scalar.
-
-    It grows faster than the use of a subcomponent: one that serves two unrelated inputs costs more than two that serve
-    one each.
-    """
+    """Loss 4. sum_c S_c log2(1 + S_c) / positions: one for two jobs costs more than two for one job each; scalar."""
     return (S * torch.log2(1 + S)).sum() / positions
-
 
 def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
     """Loss 5. The mean of Delta^2 over all decomposed weights; scalar. The only place where Delta is built."""
@@ -348,23 +290,18 @@ def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
     squares = [(W - (V[path] @ U[path]).T).square().sum() for path, W in weights.items()]
     return sum(squares) / sum(W.numel() for W in weights.values())
 
-
 # ---- 5  The adversary -----------------------------------------------------------------------------------------------
-#
 # Random sources rarely find the worst ablation; to search for it anew at every step would be too slow. So one tensor of
 # sources persists over the whole training, with an entry for each mask at each place in the batch, and every step moves
-# it a little uphill on the reconstruction loss. The data at a place changes from step to step: such an adversary becomes
-# good at what hurts on many inputs. Its memory: four times the batch's causal importances (value, gradient, two moments).
-
+# it a little uphill on the reconstruction loss. The data at a place changes from step to step, so such an adversary
+# becomes good at what hurts on many inputs. It takes four times the memory of g (value, gradient, two moments).
 
 def start_adversary(shapes: dict[str, tuple], device, config: Config) -> tuple[dict[str, Tensor], torch.optim.Adam]:
     """Sources ~ U(0, 1) of the given shapes {path: (..., C + 1)}, and the optimizer that moves them uphill."""
     sources = {path: torch.rand(shape).to(device).requires_grad_() for path, shape in shapes.items()}
-    # ours: eps = 1e-20, and not 1e-8. The gradient of one source shrinks with the batch that the divergence is a mean
-    # over; an eps of its size would slow the adversary down on large batches.
+    # ours: eps = 1e-20, not 1e-8. The divergence is a mean over the batch: the gradient of one source can be as small.
     lr, betas = config.adversary_lr, (0.5, 0.99)
     return sources, torch.optim.Adam(sources.values(), lr=lr, betas=betas, eps=1e-20, maximize=True)
-
 
 @torch.no_grad()
 def ascend(ascent: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
@@ -376,64 +313,50 @@ def ascend(ascent: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
     for source in group["params"]:
         source.clamp_(0, 1)
 
-
 # ---- 6  Settings, and the training step: the heart ------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
     """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model.
 
-    To adapt to a new model, tune in this order: w_importance, lr, adversary_lr, w_frequency, the C given to `decompose`,
-    w_delta. The *price* of a subcomponent that is on is w_importance and w_frequency together.
-    """
-
+    On a new model tune in this order: w_importance, lr, adversary_lr, w_frequency, the C given to `decompose`, w_delta.
+    The *price* of a subcomponent that is on is w_importance and w_frequency together."""
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
     lr: float = 3e-3  # [5e-5] AdamW, for U, V and G; on TMS 0.04 / sqrt(features) serves every size
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, toys end sharper
-    # ours: with 0.999, gradients from when everything was active still damp the last steps that switch things off
-    beta2: float = 0.99  # [0.999] of AdamW
+    beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients no longer damp the steps that switch things off
     warmup_steps: int = 400  # [400] of the faithfulness warm-up: Delta-L2 alone, U and V only, lr 1e-3
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: as p falls below 1, its gradient can explode
-
     # The weights of the five losses. A reconstruction loss with weight 0 is not computed.
     w_stochastic: float = 0.5  # [0.5]
     w_adversarial: float = 0.5  # [0.5]
-    w_importance: float = 1e-4  # [2e-4] too high: importances fall below 1, reconstruction collapses; too low: all active
+    w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
     w_delta: float = 0.5  # [1e7] too high: subcomponents do not merge (on tms_5-2, 100 times this left most alive)
-    # ours: from a high price down, a feature is more often found as one subcomponent
-    price_start: float = 1.0  # [1] w_importance and w_frequency start this many times higher, and decay geometrically
-
+    price_start: float = 1.0  # [1] the price starts this many times higher and decays geometrically; ours: finds more
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4]
     adversary_lr: float = 0.01  # [0.01] of the ascent on the sources, after a linear warm-up over 2.5 % of the run
     adversary_steps: int = 2  # [2] inner ascent steps; one more comes free with the loss's own gradient
-
-    # The causal importance function: "mlp" for inputs without a sequence, "transformer" for sequences.
-    G_type: str = "mlp"  # [transformer]
+    G_type: str = "mlp"  # [transformer] "mlp" for inputs without a sequence, "transformer" for sequences
     G_width: int = 128  # [2048] the transformer's width: more than the target's residual stream
     G_blocks: int = 2  # [8] the transformer's depth: 0.5 to 2 times the target's
     G_heads: int = 4  # [16] the transformer's attention heads
-
     bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs; everything else stays float32
-
 
 @dataclass
 class Decomposition:
-    """What training finds: U {path: (C, d_out)}, V {path: (d_in, C)}, and the causal importance function G."""
-
-    U: dict[str, Tensor]
-    V: dict[str, Tensor]
-    G: nn.Module
+    """What training finds."""
+    U: dict[str, Tensor]  # {path: (C, d_out)}
+    V: dict[str, Tensor]  # {path: (d_in, C)}
+    G: nn.Module  # the causal importance function
     bf16: bool = False  # the precision that G was trained in, and has to be asked in
-
 
 @dataclass
 class Training:
-    """Everything that changes while training, and so everything that a checkpoint holds."""
-
+    """Everything that changes while training, and that a checkpoint holds."""
     decomposition: Decomposition
     optimizer: torch.optim.Optimizer  # of U, V and G
     sources: dict[str, Tensor]  # the persistent adversary's, {path: (..., C + 1)}
@@ -443,23 +366,19 @@ class Training:
     step: int = 0  # steps taken
     seconds: float = 0.0  # spent so far
 
-
 def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values, as constants: no gradient is computed for them."""
     return {path: x.detach() for path, x in tensors.items()}
-
 
 def precision(device: torch.device | str, bf16: bool):
     """A context in which matrix products run in bfloat16, if `bf16`, and else in float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
 
-
 def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms.
 
-    Peak memory in bytes, beside parameters and model: PEAK.
-    Raises BadInput, before anything but the sources is changed, if a loss or a gradient is not finite.
-    """
+    Peak memory in bytes: 4 * positions * (13 * sum C + 6 * outputs), sources and their moments included, and what U, V, G
+    and the model take. Raises BadInput, with only the sources changed, if a loss or a gradient is not finite."""
     U, V, G = training.decomposition.U, training.decomposition.V, training.decomposition.G
     UV, G_parameters, sources = [*U.values(), *V.values()], list(G.parameters()), training.sources
 
@@ -503,23 +422,17 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     loss_importance = importance_minimality(S, positions)
     loss_frequency = frequency_minimality(S, positions)
     loss_delta = delta_l2(model, U, V)
-    others = price * config.w_importance * loss_importance
-    others = others + price * config.w_frequency * loss_frequency + config.w_delta * loss_delta
-    ends, gradients = [others, *g.values()], [None, *(x.grad for x in cut.values())]
-    torch.autograd.backward(ends, gradients, inputs=[*UV, *G_parameters])
+    rest = price * config.w_importance * loss_importance + price * config.w_frequency * loss_frequency
+    rest = rest + config.w_delta * loss_delta
+    gradients = [None, *(x.grad for x in cut.values())]  # None: of a scalar, 1
+    torch.autograd.backward([rest, *g.values()], gradients, inputs=[*UV, *G_parameters])
     global_mean([x.grad for x in [*UV, *G_parameters]])
 
     # U, V and G step down. The adversary takes one more step up: the gradient of its loss was there anyway
-    values = {
-        "stochastic": loss_stochastic,
-        "adversarial": loss_adversarial,
-        "importance_minimality": loss_importance,
-        "frequency_minimality": loss_frequency,
-        "delta_l2": loss_delta,
-        "L0": l0,
-        "gradient of U and V": nn.utils.clip_grad_norm_(UV, config.clip_UV),
-        "gradient of G": nn.utils.clip_grad_norm_(G_parameters, config.clip_G),
-    }
+    values = {"stochastic": loss_stochastic, "adversarial": loss_adversarial, "importance_minimality": loss_importance}
+    values |= {"frequency_minimality": loss_frequency, "delta_l2": loss_delta, "L0": l0}
+    values["gradient of U and V"] = nn.utils.clip_grad_norm_(UV, config.clip_UV)
+    values["gradient of G"] = nn.utils.clip_grad_norm_(G_parameters, config.clip_G)
     values = finite_numbers(values, target, training.step)
     training.optimizer.step()
     if config.w_adversarial:  # without the weight of the loss: Adam's moments keep the scale of the inner steps
@@ -527,30 +440,22 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     training.step += 1
     return values
 
-
 # ---- 7  decompose: the warm-up and the loop -------------------------------------------------------------------------
 
 def decompose(
-    model: nn.Module,
-    C: dict[str, int],
-    get_batch: Callable[[torch.Generator], Tensor],
-    divergence: Divergence,
-    config: Config = Config(),
-    out: str | Path | None = None,
-    checkpoint_seconds: float = 60,
-) -> Decomposition:
+    model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Generator], Tensor], divergence: Divergence,
+    config: Config = Config(), out: str | Path | None = None, checkpoint_seconds: float = 60,
+) -> Decomposition:  # fmt: skip
     """Decompose the `nn.Linear`s named by the keys of C into C[path] subcomponents each.
 
     model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
     get_batch(generator): a batch of inputs, all of one shape, drawn with nothing but the given CPU generator.
     divergence: `kl` or `mse`, or any function (target output, masked output) -> scalar, a mean over positions.
-    out: a folder for run.json (what made the run), log.jsonl (a line of losses every 1/200 of the run) and
-        checkpoint.pt, written every `checkpoint_seconds` and at the end. If the folder holds this same run, unfinished,
-        the run goes on from its checkpoint; on CPU, with equal threads and an equal version of torch, it ends bit for
-        bit as if it had never stopped. If the run is finished, it is loaded, on any device.
-
-    Raises BadInput before any training (see `check`, `claim_folder`, `load_checkpoint`), or from `training_step`.
-    """
+    out: a folder for run.json (what made the run), log.jsonl (200 lines of losses) and checkpoint.pt, written every
+        `checkpoint_seconds` and at the end. If it holds this same run, unfinished, the run goes on from its checkpoint,
+        and on CPU, with equal threads and version of torch, ends bit for bit as if it had never stopped. A finished run
+        is loaded, on any device.
+    Raises BadInput before any training (see `check`, `claim_folder`, `load_checkpoint`), or from `training_step`."""
     training, next_batch, after_step = open_run(model, C, get_batch, config, out, checkpoint_seconds)
     if training.step == 0:
         faithfulness_warmup(model, training.decomposition, config)
@@ -559,12 +464,9 @@ def decompose(
         after_step(values)  # log, progress, checkpoint
     return training.decomposition
 
-
 def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config: Config, process: int = 0) -> Training:
-    """A run at step 0: V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1). The same on every device, for one seed.
-
-    process: where several train together, the number of this one. U, V and G are equal in all of them.
-    """
+    """A run at step 0: V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1); for one seed the same on every device.
+    process: the number of this one, where several train together. U, V and G are equal in all of them."""
     device = next(iter(inputs.values())).device
     weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
     seed_of_process = config.seed + 2_000_003 * process
@@ -573,17 +475,15 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
         V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
         U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
         G = importance_function(V, config).to(device)
-        # Seeded again: until here all processes must draw alike, and from here on each must draw its own sources.
-        torch.default_generator.manual_seed(seed_of_process)
-        sources, ascent = start_adversary({path: (*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}, device, config)
+        torch.default_generator.manual_seed(seed_of_process)  # again: from here on each process draws its own sources
+        shapes = {path: (*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}
+        sources, ascent = start_adversary(shapes, device, config)
     U, V = ({path: x.to(device).requires_grad_() for path, x in tensors.items()} for tensors in (U, V))
     parameters, fused = [*U.values(), *V.values(), *G.parameters()], device.type == "cuda"
-    betas = (0.9, config.beta2)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=0, fused=fused)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, config.beta2), weight_decay=0, fused=fused)
     data = torch.Generator().manual_seed(seed_of_process)
     noise = torch.Generator(device).manual_seed(seed_of_process + 1_000_003)  # another stream than that of the data
     return Training(Decomposition(U, V, G, config.bf16), optimizer, sources, ascent, data, noise)
-
 
 def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: Config) -> None:
     """Before the training, fit U and V alone to the weights: AdamW, lr 1e-3, on Delta-L2 ([VPD] section 5)."""
@@ -593,15 +493,12 @@ def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: 
         optimizer.zero_grad()
         delta_l2(model, decomposition.U, decomposition.V).backward()
         optimizer.step()
-    make_equal([*UV, *decomposition.G.parameters()])  # in all processes, where several train together
-
+    # Where several processes train together: what each has computed by itself may differ in the last digits.
+    global_mean([*UV, *decomposition.G.parameters()])
 
 # ---- 8  Evaluation: how we know that it worked ([VPD] section 6) ----------------------------------------------------
 
 ALIVE = 1e-6  # a subcomponent is alive if its mean causal importance over the evaluation set exceeds this (as in [VPD])
-
-Case = tuple[Tensor, Tensor, dict[str, Tensor]]  # a batch, the target's output on it, the causal importances there
-
 
 @torch.no_grad()
 def predict_importances(model, decomposition: Decomposition, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -610,13 +507,9 @@ def predict_importances(model, decomposition: Decomposition, batch: Tensor) -> t
         target, inputs = forward_with_inputs(model, decomposition.U, batch)
         return target, causal_importances(decomposition.G(inputs, decomposition.U, decomposition.V))
 
-
-def count_subcomponents(cases: list[Case]) -> dict:
-    """How many subcomponents there are, and how many are used: {"matrices": {path: counts}, "total": counts}.
-
-    Counts: "C"; "alive", how many have a mean causal importance above ALIVE; "l0", how many have g > 0 at a position, on
-    average; "l0_per_alive"; of each matrix also "mean_importance", of each subcomponent (sorted, it is the spectrum).
-    """
+def count_subcomponents(cases: list[tuple]) -> dict:
+    """{"matrices": {path: counts}, "total": counts} on cases [(batch, target output, g), ...]. Counts: "C"; "alive":
+    mean g above ALIVE; "l0": how many have g > 0 at a position, on average; "l0_per_alive"; "mean_importance" (C,)."""
     matrices = {}
     for path in cases[0][2]:
         importances = [g[path][..., :-1].flatten(0, -2) for _, _, g in cases]  # (positions, C) of each case
@@ -628,12 +521,9 @@ def count_subcomponents(cases: list[Case]) -> dict:
     total = {key: sum(matrix[key] for matrix in matrices.values()) for key in ("C", "alive", "l0")}
     return {"matrices": matrices, "total": {**total, "l0_per_alive": total["l0"] / max(1, total["alive"])}}
 
-
 def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one.
-
-    Delta's mask is 0 in all, also in "unmasked": what is judged are the subcomponents alone. No routing.
-    """
+    """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one. Delta's mask is 0 in
+    all, also in "unmasked": the subcomponents alone are judged."""
     maskings = {
         "unmasked": torch.ones_like,
         "stochastic": lambda x: x + (1 - x) * torch.rand(x.shape, generator=generator, device=x.device),
@@ -646,17 +536,15 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
     for name, masking in maskings.items():
         yield name, {path: F.pad(masking(x[..., :-1]), (0, 1)) for path, x in g.items()}
 
-
 @torch.enable_grad()
 def fresh_adversary(
-    model, decomposition: Decomposition, cases: list[Case], divergence: Divergence, shapes: dict, movable=None, seed=0
+    model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, shapes: dict, movable=None, seed=0
 ) -> dict[str, float]:
     """The attack ([VPD] section 6): {"20": divergence after 20 steps of sign ascent from random sources, "40", "80"}.
 
-    cases: attacked together. shapes {path: ...} of the sources: (C + 1,) for ONE source per mask, shared by all positions
-    of all cases, so that a systematic flaw is found and not the noise of single inputs; (..., C + 1) for one source
-    per mask and position. movable: bools of these shapes, what the adversary may move (default: all, also Delta's).
-    """
+    cases: [(batch, target output, g), ...], attacked together. shapes of the sources {path: ...}: (C + 1,) for ONE per
+    mask, shared by all positions, which finds systematic flaws and not the noise of single inputs; (..., C + 1) for one
+    per position. movable: bools of these shapes, what the adversary may move (default: all, also Delta's)."""
     U, V, device, reached = detached(decomposition.U), detached(decomposition.V), cases[0][0].device, {}
     generator = torch.Generator(device).manual_seed(seed)
     sources = {path: torch.rand(shape, generator=generator, device=device) for path, shape in shapes.items()}
@@ -674,16 +562,13 @@ def fresh_adversary(
             r.data.add_(0.1 * gradient.sign() * (movable[path] if movable else 1)).clamp_(0, 1)
     return reached
 
-
 @torch.no_grad()
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None) -> dict:
-    """All figures that every decomposition reports, as a dict for JSON. batches: the evaluation set.
+    """All figures that every decomposition reports, as a dict for JSON. batches: the evaluation set, of one shape.
 
-    "matrices" and "total": see `count_subcomponents`. "divergence": from the target, {masking: mean over positions}.
-    "adversary": the divergence under a fresh adversary with one source per mask. "delta": the mean of Delta^2. With
-    loss(batch, output) -> scalar, which the target was trained on, "loss": {"target" and each masking: its mean}.
-    Raises BadInput if the batches differ in shape: their means would not be the mean.
-    """
+    "matrices" and "total": see `count_subcomponents`. "divergence" from the target, by masking. "adversary": the same
+    under a fresh adversary with one source per mask. "delta": the mean of Delta^2. With loss(batch, output) -> scalar,
+    which the target was trained on, also "loss", of "target" and by masking. Raises BadInput if shapes differ."""
     refuse(len({batch.shape for batch in batches}) != 1, "the evaluation batches differ in shape: give equal ones")
     U, V, bf16, device = decomposition.U, decomposition.V, decomposition.bf16, batches[0].device
     cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
@@ -697,28 +582,21 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
             divergences[masking] += divergence(target, output).item() / len(cases)
             losses[masking] += loss(batch, output).item() / len(cases) if loss else 0
     shapes = {path: (len(u) + 1,) for path, u in U.items()}
-    return {
-        "alive_threshold": ALIVE,
-        **count_subcomponents(cases),
-        "divergence": dict(divergences),
-        **({"loss": dict(losses)} if loss else {}),
-        "adversary": fresh_adversary(model, decomposition, cases, divergence, shapes, seed=seed),
-        "delta": delta_l2(model, U, V).item(),
-    }
-
+    adversary = fresh_adversary(model, decomposition, cases, divergence, shapes, seed=seed)
+    metrics = {"alive_threshold": ALIVE, **count_subcomponents(cases), "divergence": dict(divergences)}
+    metrics |= {"adversary": adversary, "delta": delta_l2(model, U, V).item()}
+    return metrics | ({"loss": dict(losses)} if loss else {})
 
 # ---- 9  Reading a decomposition ([VPD] section 8) -------------------------------------------------------------------
 
 def cut_forward(
     model, decomposition: Decomposition, masks: dict, batch: Tensor, embeddings=()
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """A masked forward pass in which what each decomposed matrix and embedding *writes* is cut off from what it reads.
+    """A masked forward pass in which what each decomposed matrix and embedding *writes* is cut off from what it reads:
+    the gradient with respect to a write is then its direct effect, not one through other decomposed matrices.
 
-    So the gradient of anything later with respect to a write is its direct effect, without the detour through other
-    decomposed matrices. embeddings: paths of modules that are no decomposed matrices, but that write, too.
-    Returns the output; the subcomponent activations a_c = ||U_c|| V_c^T x, {path: (..., C)}; and the writes, leaves of
-    the graph of gradients, {path: (..., d_out)}, in the order in which they run.
-    """
+    embeddings: paths of modules that write, but are not decomposed. Returns the output; the activations a_c =
+    ||U_c|| V_c^T x, {path: (..., C)}; and the writes, {path: (..., d_out)}, in the order in which they run."""
     U, V = detached(decomposition.U), detached(decomposition.V)
     activations, writes = {}, {}
 
@@ -733,14 +611,11 @@ def cut_forward(
         output = model(batch)
     return output, activations, writes
 
-
 def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activations: dict, writes: dict) -> dict:
     """How much every subcomponent adds directly to `value`, a scalar of a `cut_forward`: {path: (..., C + 1)}.
 
     The gradient of value at the write, times what c adds to the write, m_c a_c U_c / ||U_c||. The last column is of the
-    matrix's bias and Delta. For an embedding: (..., 1). All of it is linearised at this input: where value depends
-    linearly on what is written, the attributions add up to it.
-    """
+    bias and Delta. For an embedding: (..., 1). Where value is linear in what is written, they add up to it."""
     if not value.requires_grad:  # the first matrix: nothing writes to what it reads
         return {}
     attributed = {}
@@ -755,28 +630,23 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
             attributed[path] = torch.cat([parts, attributed[path] - parts.sum(-1, keepdim=True)], -1)
     return attributed
 
-
 def attribution_graph(
     model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(), share: float = 0.0
 ) -> dict:
     """The attribution graph of one input (1, T): who contributes directly to whom, and to outcome(output), a scalar.
 
     Nodes, in the order in which they run: every subcomponent at every position with g > 0, every embedding at every
-    position, and the outcome. Edges: the attributions that have at least this share of the sum of the absolute values of
-    all that go into their target.
+    position, and the outcome. Edges: attributions with at least this share of the sum of all (absolute) into a target.
     Returns {"nodes": [{"matrix", "position", "subcomponent", "importance", "activation"}, ...],
-    "edges": [{"source", "target" (numbers of nodes), "attribution", "share"}, ...]}.
-    """
+    "edges": [{"source", "target" (numbers of nodes), "attribution", "share"}, ...]}."""
     output, activations, writes = cut_forward(model, decomposition, g, batch, embeddings)
     nodes, number, values = [], {}, []
     for path, write in writes.items():
-        decomposed = path in g
-        places = g[path][0, :, :-1].nonzero().tolist() if decomposed else [(t, 0) for t in range(write.shape[-2])]
-        for t, c in places:
+        for t, c in g[path][0, :, :-1].nonzero().tolist() if path in g else [(t, 0) for t in range(write.shape[-2])]:
             number[path, t, c] = len(nodes)
             nodes.append({"matrix": path, "position": t, "subcomponent": c})
-            values.append(activations[path][0, t, c] if decomposed else None)
-            if decomposed:
+            values.append(activations[path][0, t, c] if path in g else None)
+            if path in g:
                 nodes[-1] |= {"importance": g[path][0, t, c].item(), "activation": values[-1].item()}
     nodes.append({"matrix": "outcome", "position": batch.shape[1] - 1, "subcomponent": 0})
     edges = []
@@ -789,10 +659,9 @@ def attribution_graph(
             x = x.reshape(-1, x.shape[-1])  # (T, C + 1), or (T, 1)
             for t, c in (x.abs() >= max(share, 1e-9) * total).nonzero().tolist():
                 if (source := number.get((path, t, c))) is not None:
-                    edge = {"source": source, "target": target, "attribution": x[t, c].item()}
-                    edges.append({**edge, "share": x[t, c].abs().item() / total})
+                    sizes = {"attribution": x[t, c].item(), "share": x[t, c].abs().item() / total}
+                    edges.append({"source": source, "target": target, **sizes})
     return {"nodes": nodes, "edges": edges}
-
 
 def prune(
     model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, price: float,
@@ -800,11 +669,10 @@ def prune(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Which of the subcomponents that are active on `batch` does one behaviour need? New causal importances, like g.
 
-    They start at g and stay 0 where g is 0. Where g > 0 (a node) they are trained to keep loss(output), a scalar, low, at
-    `price` for each node that is kept, in units of the loss. Masks while training: m = g + (1 - g) r as ever, with the
-    sources r of nodes random (stochastic) or an adversary's (adversarial); if both, the mean of both losses. All other
-    sources are random. With neither, the importances themselves are the masks. AdamW on raw scores, lr 0.05.
-    """
+    They stay 0 where g is 0. Where g > 0 (a node) they start at g, and learn to keep loss(output), a scalar, low, at
+    `price` for each node that is kept. Masks: m = g + (1 - g) r as ever. The sources r of nodes are random (stochastic)
+    or an adversary's (adversarial); if both, the mean of both losses. All other sources are random. With neither, the
+    importances themselves are the masks. AdamW on raw scores, lr 0.05, warm-up and cosine."""
     U, V, device = detached(decomposition.U), detached(decomposition.V), batch.device
     active = {path: x > 0 for path, x in g.items()}
     generator = torch.Generator(device).manual_seed(seed)
@@ -819,28 +687,26 @@ def prune(
         pruned = {path: lower_leaky(x) * active[path] for path, x in z.items()}
         random = {path: torch.rand(x.shape, generator=generator, device=device) for path, x in g.items()}
         attack = {path: torch.where(active[path], sources[path], random[path]) for path in g}
-        maskings = [make_masks(pruned, r) for r, use in ((random, stochastic), (attack, adversarial)) if use] or [pruned]
+        wanted = [r for r, use in ((random, stochastic), (attack, adversarial)) if use]
+        maskings = [make_masks(pruned, r) for r in wanted] or [pruned]
         # |g|^p with p = 0.5, so that few are left, and these near 1
         kept = sum((upper_leaky(x) * active[path] + 1e-12).sqrt().sum() for path, x in z.items())
         with precision(device, decomposition.bf16):
             losses = [loss(masked_forward(model, U, V, masks, batch)) for masks in maskings]
         total = sum(losses) / len(losses) + price * kept
-        gradients = torch.autograd.grad(total, [*z.values(), *(sources.values() if adversarial else ())])
-        for x, gradient in zip(z.values(), gradients):
-            x.grad = gradient
+        for x in [*z.values(), *sources.values()]:
+            x.grad = None
+        total.backward(inputs=[*z.values(), *sources.values()])
         optimizer.step()
         if adversarial:
-            ascend(ascent, list(gradients[len(z) :]))
+            ascend(ascent, [r.grad for r in sources.values()])
     return {path: (lower_leaky(x) * active[path]).detach() for path, x in z.items()}
-
 
 def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, Tensor]]:
     """For each subcomponent of one decomposition, its largest cosine with a subcomponent of another.
 
-    {path: {"U", "V", "product": (C,)}}. The means are the MMCS of [VPD] section 6. The cosines of U_c and of V_c are taken
-    without their signs, which mean nothing alone. That of the product U_c V_c^T has its sign, or is 0 if no cosine is
-    above 0. Leave out dead subcomponents: they point anywhere.
-    """
+    {path: {"U", "V", "product": (C,)}}; their means are the MMCS of [VPD] section 6. Cosines of U_c and of V_c have no
+    sign, which means nothing alone; that of the product U_c V_c^T is at least 0. Dead subcomponents point anywhere."""
     largest = {}
     for path, U in one.U.items():
         u = F.normalize(U.detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of the other)
@@ -849,40 +715,32 @@ def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, 
         largest[path] = {name: F.pad(x, (0, 1)).amax(1) for name, x in cosines.items()}
     return largest
 
-
 # ---- 10  Running it: several processes, checks, the run folder, checkpoints, progress, pictures ---------------------
-#
 # Under torchrun several processes train together. Each has its own share of the global batch, its own noise and its own
 # sources; U, V and G are equal in all of them. A process that is alone is number 0 of 1.
 
-
 class BadInput(ValueError):
     """Something the user can put right. The message is one line: what was wrong, and what to do."""
-
 
 def refuse(wrong, message: str) -> None:
     """Raise BadInput with this message if something is wrong."""
     if wrong:
         raise BadInput(message)
 
-
 def processes() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
 
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if processes() > 1 else 0
 
-
 def global_sum(S: Tensor, positions: int) -> tuple[Tensor, int]:
-    """The sums of both over all processes. S's gradient is scaled by their number: gradients are averaged afterwards."""
+    """Both, summed over all processes. S's gradient is scaled by their number: gradients are averaged afterwards."""
     total = S.detach().clone()
     if processes() > 1:
         dist.all_reduce(total)
     return total + processes() * (S - S.detach()), positions * processes()
-
 
 @torch.no_grad()
 def global_mean(tensors: list[Tensor]) -> None:
@@ -891,19 +749,10 @@ def global_mean(tensors: list[Tensor]) -> None:
         dist.all_reduce(x)
         x /= processes()
 
-
-@torch.no_grad()
-def make_equal(tensors: list[Tensor]) -> None:
-    """Replace each tensor by that of process 0: what processes compute on their own may differ in the last digits."""
-    for x in tensors if processes() > 1 else []:
-        dist.broadcast(x, 0)
-
-
 def barrier() -> None:
     """Wait until all processes are here."""
     if processes() > 1:
         dist.barrier()
-
 
 @contextlib.contextmanager
 def rank_0_first():
@@ -913,7 +762,6 @@ def rank_0_first():
     yield
     if rank() == 0:
         barrier()
-
 
 def finite_numbers(values: dict[str, Tensor], target: Tensor, step: int) -> dict[str, float]:
     """Scalars as numbers, the mean over all processes. Raises BadInput, which names the first that is not finite."""
@@ -926,30 +774,26 @@ def finite_numbers(values: dict[str, Tensor], target: Tensor, step: int) -> dict
             raise BadInput(f"the {name} is not finite at step {step}: lower lr, or look at the data")
     return numbers
 
-
-def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds: float) -> tuple[Training, Callable, Callable]:
-    """A run, new or as its folder holds it; see `decompose` for the arguments, and for what is refused.
-
-    Returns the training; next_batch(), which draws a batch; and after_step(values), which keeps the books.
-    """
+def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds) -> tuple[Training, Callable, Callable]:
+    """The training, new or as its folder holds it; next_batch(); and after_step(values), which keeps the books."""
     batch = get_batch(torch.Generator().manual_seed(config.seed))
     inputs = check(model, C, batch, config)
     device, folder = next(iter(inputs.values())).device, Path(out) if out else None
+    training = start(model, C, inputs, config, rank())
     if folder:
         with rank_0_first():
             claim_folder(folder, model, C, config, device)
-    training = start(model, C, inputs, config, rank())
-    if folder and (folder / "checkpoint.pt").exists():
-        load_checkpoint(folder, training, config)
-    elif folder and rank() == 0:
-        (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        if (folder / "checkpoint.pt").exists():
+            load_checkpoint(folder, training, config)
+        elif rank() == 0:
+            (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     now, saved = time.monotonic(), training.seconds
 
     def next_batch() -> Tensor:
-        drawn, first = get_batch(training.data), tuple(batch.shape)
-        wrong = f"batch {training.step} has shape {tuple(drawn.shape)}, the first had {first}"
-        refuse(drawn.shape != first, f"{wrong}: give batches of one shape")
-        return drawn.to(device)
+        new = get_batch(training.data)
+        shapes = f"{tuple(new.shape)}, the first had {tuple(batch.shape)}"
+        refuse(new.shape != batch.shape, f"batch {training.step} has shape {shapes}: give batches of one shape")
+        return new.to(device)
 
     def after_step(values: dict[str, float]) -> None:
         nonlocal now, saved
@@ -966,83 +810,74 @@ def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds: float
 
     return training, next_batch, after_step
 
-
 def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) -> dict[str, Tensor]:
-    """Refuse, in one line and before any training, what cannot be decomposed. Returns the inputs {path: (..., d_in)}."""
-    refuse(config.steps < 1, f"steps is {config.steps}: give at least 1")
-    lost = not (config.w_stochastic or config.w_adversarial)
-    refuse(lost, "w_stochastic and w_adversarial are both 0: give one, or nothing is reconstructed")
-    refuse(config.G_type not in ("mlp", "transformer"), f"G_type is {config.G_type!r}: give 'mlp' or 'transformer'")
+    """Refuse, before any training, what cannot be decomposed. Returns the inputs {path: (..., d_in)} on `batch`."""
     width, heads = config.G_width, config.G_heads
+    refuse(config.steps < 1, f"steps is {config.steps}: give at least 1")
+    refuse(not (config.w_stochastic or config.w_adversarial), "w_stochastic and w_adversarial are both 0: give one")
+    refuse(config.G_type not in ("mlp", "transformer"), f"G_type is {config.G_type!r}: give 'mlp' or 'transformer'")
     refuse(heads < 1, f"G_heads is {heads}: give at least 1")
     refuse(width < 1 or width % (2 * heads), f"G_width is {width}: give a multiple of 2 * G_heads = {2 * heads}")
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    refuse(not C, f"no matrix to decompose: give C = {{path: number of subcomponents}} for some of {', '.join(linears)}")
+    refuse(not C, f"no matrix to decompose: give C = {{path: number}} for some of {', '.join(linears)}")
     for path, number in C.items():
         nearest = ", ".join(difflib.get_close_matches(path, linears, n=3, cutoff=0.0)) or "none"
         refuse(path not in linears, f"{path!r} is not an nn.Linear of the model; the nearest that are: {nearest}")
         whole = isinstance(number, int) and number > 0
         refuse(not whole, f"C[{path!r}] is {number!r}: the number of subcomponents must be a whole one of at least 1")
-        dtype, memory = model.get_submodule(path).weight.dtype, model.get_submodule(path).weight.untyped_storage()
-        refuse(dtype != torch.float32, f"{path}.weight is {dtype}: call model.float() first, U and V are float32 too")
-        tied = [n for n, x in model.named_parameters(remove_duplicate=False) if x.untyped_storage().data_ptr() == memory.data_ptr()]
-        tied = ", ".join(name for name in tied if name != f"{path}.weight")  # or a view of it, such as a transpose
-        refuse(tied, f"{path}.weight is tied to {tied}: give the matrix a copy of its own, or leave it out")
+        dtype, name = model.get_submodule(path).weight.dtype, f"{path}.weight"
+        refuse(dtype != torch.float32, f"{name} is {dtype}: call model.float() first, U and V are float32 too")
+        memory = {n: x.untyped_storage().data_ptr() for n, x in model.named_parameters(remove_duplicate=False)}
+        tied = ", ".join(n for n in memory if memory[n] == memory[name] and n != name)  # as a view, such as a transpose
+        refuse(tied, f"{name} is tied to {tied}: give the matrix a copy of its own, or leave it out")
     refuse(model.training, "the model is in training mode, where dropout changes its output: call model.eval() first")
 
     batch = batch.to(model.get_submodule(next(iter(C))).weight.device)
     target, inputs = forward_with_inputs(model, C, batch)
-    tensor = isinstance(target, Tensor)
-    refuse(not tensor, f"the model returns a {type(target).__name__}: wrap it in a module that returns one tensor")
-    refuse(not target.isfinite().all(), "the target model's output is not finite on the first batch: look at its weights")
-    for path in C:
-        refuse(path not in inputs, f"{path} does not run in the model's forward pass: leave it out")
-    shapes = {path: tuple(x.shape) for path, x in inputs.items()}
-    unequal = len({shape[:-1] for shape in shapes.values()}) > 1
+    refuse(not isinstance(target, Tensor), f"the model returns a {type(target).__name__}: make it return one tensor")
+    refuse(not target.isfinite().all(), "the target model's output is not finite on the first batch: check its weights")
+    idle = ", ".join(path for path in C if path not in inputs)
+    refuse(idle, f"{idle} does not run in the model's forward pass: leave it out")
+    shapes = {path: tuple(x.shape[:-1]) for path, x in inputs.items()}
+    unequal, shape = len(set(shapes.values())) > 1, next(iter(shapes.values()))
     refuse(unequal, f"the matrices see inputs of different shapes {shapes}: decompose those with equal ones together")
-    wrong = config.G_type == "transformer" and len(shapes[path]) != 3
-    refuse(wrong, f"the matrices see inputs {shapes[path]}, not (batch, positions, width): set G_type='mlp'")
+    wrong = config.G_type == "transformer" and len(shape) != 2
+    refuse(wrong, f"the matrices see positions {shape}, not (batch, positions): set G_type='mlp'")
     try:  # a backward pass, as training will do it, with one subcomponent in each matrix, all zero
-        U = {path: x.new_zeros(1, model.get_submodule(path).out_features).requires_grad_() for path, x in inputs.items()}
-        V = {path: x.new_zeros(x.shape[-1], 1).requires_grad_() for path, x in inputs.items()}
-        output = masked_forward(model, U, V, {path: x.new_ones(*x.shape[:-1], 2) for path, x in inputs.items()}, batch)
-        torch.autograd.grad(output.sum(), [*U.values(), *V.values()], allow_unused=True)
+        U = {path: x.new_zeros(1, model.get_submodule(path).out_features) for path, x in inputs.items()}
+        V = {path: x.new_zeros(x.shape[-1], 1) for path, x in inputs.items()}
+        masks = {path: x.new_ones(*x.shape[:-1], 2) for path, x in inputs.items()}
+        leaves = [x.requires_grad_() for x in (*U.values(), *V.values())]
+        torch.autograd.grad(masked_forward(model, U, V, masks, batch).sum(), leaves, allow_unused=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:100]
-        raise BadInput(f"the model has no gradient ({reason}): write x = x + y, not x += y, and detach nothing") from None
+        raise BadInput(f"the model has no gradient ({reason}): write x = x + y, not x += y; detach nothing") from None
     return inputs
 
-
 def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Config, device: torch.device) -> None:
-    """Make the run folder and write run.json: settings, versions and a fingerprint of the target model.
-
-    Raises BadInput if the folder already holds a run with other settings or another target. Warns if that run began with
-    other versions, threads or another device: then it will not end bit for bit as if it had never stopped.
-    """
+    """Make the run folder and write run.json: settings, versions and a fingerprint of the target model. Raises BadInput
+    if the folder holds a run with other settings or another target."""
     digest, path = hashlib.sha256(), folder / "run.json"
     for name, x in model.state_dict().items():
         digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     run = {"config": dataclasses.asdict(config), "C": C, "target model": digest.hexdigest()[:16]}
     run |= {"order of the matrices": list(C), "number of processes": processes()}
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
-    versions["device"] = device.type
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            file.write(json.dumps({**run, "versions": versions}, indent=1).encode())
-        return
+            file.write(json.dumps(run | {"versions": versions(device)}, indent=1).encode())
     try:
         old = json.loads(path.read_text())
-        differing = [k for part in ("config", "C") for k in run[part] | old[part] if run[part].get(k) != old[part].get(k)]
-        differing += [key for key in run if key not in ("config", "C") and old[key] != run[key]]
-        changed = [f"{key} {old['versions'][key]}, now {x}" for key, x in versions.items() if old["versions"][key] != x]
+        differ = [k for part in ("config", "C") for k in run[part] | old[part] if run[part].get(k) != old[part].get(k)]
+        differ = ", ".join(differ + [key for key in list(run)[2:] if run[key] != old[key]])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} cannot be read: choose another folder, or delete {folder}") from None
-    other = f"{folder} holds another run (it differs in: {', '.join(differing)})"
-    refuse(differing, f"{other}: choose another folder, or delete it")
-    if changed:
-        print(f"warning: {folder} began with {'; '.join(changed)}: its last digits may differ", file=sys.stderr)
+    refuse(differ, f"{folder} holds another run (it differs in: {differ}): choose another folder, or delete it")
 
+def versions(device: torch.device) -> dict:
+    """What a result depends on to the last bit, beside the settings."""
+    python, threads = sys.version.split()[0], torch.get_num_threads()
+    return {"python": python, "torch": str(torch.__version__), "threads": threads, "device": device.type}
 
 @contextlib.contextmanager
 def replacing(path: Path):
@@ -1054,14 +889,13 @@ def replacing(path: Path):
         os.fsync(file.fileno())
     os.replace(unfinished, path)
 
-
 def save_checkpoint(folder: Path, training: Training) -> None:
     """Write all of `training` to checkpoint.pt, and the length of the log, so that a resumed run continues it.
 
     Of several processes, each but the first writes its own part to a file named by the step before checkpoint.pt is
-    replaced, and deletes the one before after it: at any moment checkpoint.pt finds the files of its step.
-    """
-    found, log, own_file = training.decomposition, folder / "log.jsonl", folder / f"checkpoint_{rank()}_{training.step}.pt"
+    replaced, and deletes its older ones after it: at any moment checkpoint.pt finds the files of its step."""
+    result, log = training.decomposition, folder / "log.jsonl"
+    own_file = folder / f"checkpoint_{rank()}_{training.step}.pt"
     own = {"sources": training.sources, "ascent": training.ascent.state_dict()}
     own |= {"data": training.data.get_state(), "noise": training.noise.get_state()}
     if rank() > 0:
@@ -1069,53 +903,48 @@ def save_checkpoint(folder: Path, training: Training) -> None:
             torch.save(own, file)
     barrier()
     if rank() == 0:
-        state = own | {"U": found.U, "V": found.V, "G": found.G.state_dict(), "optimizer": training.optimizer.state_dict()}
-        state |= {"step": training.step, "seconds": training.seconds, "device": training.noise.device.type}
+        state = {"U": result.U, "V": result.V, "G": result.G.state_dict(), "optimizer": training.optimizer.state_dict()}
+        state |= {"step": training.step, "seconds": training.seconds, "versions": versions(training.noise.device)}
         with replacing(folder / "checkpoint.pt") as file:
-            torch.save(state | {"log_bytes": log.stat().st_size if log.exists() else 0}, file)
+            torch.save(state | own | {"log_bytes": log.stat().st_size if log.exists() else 0}, file)
     barrier()
     for old in set(folder.glob(f"checkpoint_{rank()}_*.pt")) - {own_file}:
         old.unlink()
 
-
 def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
-    """Continue `training` from checkpoint.pt; of a finished run load U, V and G alone, which any device can.
+    """Continue `training` from checkpoint.pt; of a finished run load U, V and G alone, which works on any device.
 
-    Raises BadInput if the file is damaged or not of this run, or if the run is unfinished and began on another device.
-    """
-    path, device, found = folder / "checkpoint.pt", training.noise.device.type, training.decomposition
+    Raises BadInput if the file is damaged or not of this run, or if the unfinished run stopped on another device. Warns
+    if it stopped with other versions or threads: then it does not end bit for bit as if it had never stopped."""
+    path, result, now = folder / "checkpoint.pt", training.decomposition, versions(training.noise.device)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        unfinished = state["step"] < config.steps
-        elsewhere = unfinished and state["device"] != device
+        unfinished, old = state["step"] < config.steps, state["versions"]
+        elsewhere = unfinished and old["device"] != now["device"]
+        if rank() > 0 and unfinished:
+            own_file = folder / f"checkpoint_{rank()}_{state['step']}.pt"
+            state |= torch.load(own_file, map_location="cpu", weights_only=True)
         if unfinished and not elsewhere:
-            if rank() > 0:
-                own_file = folder / f"checkpoint_{rank()}_{state['step']}.pt"
-                state |= torch.load(own_file, map_location="cpu", weights_only=True)
-            restore(training.sources, state["sources"])
             training.optimizer.load_state_dict(state["optimizer"])
             training.ascent.load_state_dict(state["ascent"])
             training.data.set_state(state["data"])
             training.noise.set_state(state["noise"])
-        restore(found.U, state["U"])
-        restore(found.V, state["V"])
-        found.G.load_state_dict(state["G"])
+        result.G.load_state_dict(state["G"])
+        for tensors, saved in ((result.U, state["U"]), (result.V, state["V"]), (training.sources, state["sources"])):
+            if {key: x.shape for key, x in tensors.items()} != {key: x.shape for key, x in saved.items()}:
+                raise ValueError("matrices or shapes differ")
+            for key, x in tensors.items():
+                x.data.copy_(saved[key])
         training.step, training.seconds, log_bytes = state["step"], state["seconds"], state["log_bytes"]
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to start this run anew") from error
-    refuse(elsewhere, f"{folder} began on {state['device']}, whose random numbers {device} cannot draw: go on there")
-    if unfinished and rank() == 0 and (folder / "log.jsonl").exists():
-        os.truncate(folder / "log.jsonl", log_bytes)  # steps after the checkpoint will be logged again
-
-
-def restore(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Copy the saved values into the tensors. Raises ValueError if the keys or shapes differ."""
-    if {path: x.shape for path, x in tensors.items()} != {path: x.shape for path, x in saved.items()}:
-        raise ValueError("matrices or shapes differ")
-    for path, x in tensors.items():
-        x.data.copy_(saved[path])
-
+        raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to begin anew") from error
+    refuse(elsewhere, f"{folder} stopped on {old['device']}, whose random numbers {now['device']} has not: go on there")
+    if rank() == 0 and unfinished:
+        if changed := ", ".join(f"{key} {old[key]}" for key in now if old[key] != now[key]):
+            print(f"warning: {folder} stopped with {changed}; the last digits may come out otherwise", file=sys.stderr)
+        if (folder / "log.jsonl").exists():
+            os.truncate(folder / "log.jsonl", log_bytes)  # what follows the checkpoint will be logged again
 
 def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposition:
     """What a finished run found, from its checkpoint.pt, to be read and not to be trained on."""
@@ -1124,12 +953,6 @@ def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposit
     G.load_state_dict(state["G"])
     return Decomposition(state["U"], state["V"], G, config.bf16)
 
-
-def best_device() -> str:
-    """cuda, mps or cpu, the first that there is."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def progress(line: str, last: bool, milestone: bool) -> None:
     """Show a line of progress: on a terminal over the one before, in a file or a pipe only at milestones."""
     if sys.stderr.isatty():
@@ -1137,59 +960,42 @@ def progress(line: str, last: bool, milestone: bool) -> None:
     elif milestone:
         print(line, file=sys.stderr, flush=True)
 
-
 def with_progress(items: Iterable, what: str) -> Iterator:
     """The items one by one; after 5 seconds with a line of progress and the time left."""
     items, began = list(items), time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         if (spent := time.monotonic() - began) > 5:
-            left = spent / number * (len(items) - number)
-            line = f"{what}: {number}/{len(items)}  {left:.0f} s left"
+            line = f"{what}: {number}/{len(items)}  {spent / number * (len(items) - number):.0f} s left"
             progress(line, number == len(items), number % max(1, len(items) // 4) == 0)
-
 
 def log_step(values: dict[str, float], training: Training, config: Config, folder: Path | None) -> None:
     """One line of progress, with the time left, on the terminal; the same numbers, in full, appended to log.jsonl."""
-    rate, last = training.step / training.seconds, training.step == config.steps
-    shown = [(name.split("_")[0], value) for name, value in values.items() if not name.startswith("gradient")]
-    numbers = "  ".join(f"{name} {value:.2g}" for name, value in shown)
-    left = (config.steps - training.step) / rate
-    line = f"step {training.step}/{config.steps}  {numbers}  {rate:.0f} steps/s  {left:.0f} s left"
-    progress(line, last, last or training.step % (20 * max(1, config.steps // 200)) == 0)
+    step, steps, rate = training.step, config.steps, training.step / training.seconds
+    shown = [f"{name.split('_')[0]} {x:.2g}" for name, x in values.items() if not name.startswith("gradient")]
+    line = "  ".join([f"step {step}/{steps}", *shown, f"{rate:.0f} steps/s", f"{(steps - step) / rate:.0f} s left"])
+    progress(line, step == steps, step == steps or step % (20 * max(1, steps // 200)) == 0)
     if folder:
         with open(folder / "log.jsonl", "a") as log:
-            log.write(json.dumps({"step": training.step, "seconds": training.seconds, **values}) + "\n")
+            log.write(json.dumps({"step": step, "seconds": training.seconds, **values}) + "\n")
 
-
-def draw_spectrum(metrics: dict, file: Path) -> None:
-    """The spectrum: all mean causal importances, sorted, per matrix. A cliff separates the alive from the dead."""
-    curves = {}
-    for path, matrix in metrics["matrices"].items():
-        mean = [max(x, 1e-8) for x in sorted(matrix["mean_importance"], reverse=True)]
-        curves[f"{path}: {matrix['alive']} alive of {matrix['C']}"] = (range(1, len(mean) + 1), mean)
-    _draw(curves, "Spectrum", "subcomponent, sorted", "mean causal importance (at least 1e-8)", file, ALIVE)
-
-
-def draw_losses(log: Path, file: Path) -> None:
-    """The five losses, without their weights, and L0 over the training steps, from log.jsonl."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    names = [name for name in lines[0] if name not in ("step", "seconds") and not name.startswith("gradient")]
-    steps = [line["step"] for line in lines]
-    curves = {name.replace("_", " "): (steps, [line[name] for line in lines]) for name in names}
-    _draw(curves, "Losses and L0 over the training", "step", "loss, or L0", file)
-
-
-def _draw(curves: dict[str, tuple], title: str, xlabel: str, ylabel: str, file: Path, threshold=None) -> None:
-    """Curves {label: (x, y)} over a logarithmic axis, as a picture."""
+def draw_run(metrics: dict, log: Path, file: Path) -> None:
+    """Left, the losses (without their weights) and L0 over the training, from log.jsonl. Right, the spectrum: all mean
+    causal importances, sorted, per matrix; a cliff separates the alive from the dead."""
     import matplotlib.pyplot as plt  # here, so that the method itself runs without it
 
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    for number, (label, (x, y)) in enumerate(curves.items()):
-        axis.plot(x, y, marker=".", markersize=3, linestyle=("-", "--", ":")[number % 3], label=label)
-    if threshold:
-        axis.axhline(threshold, color="gray", linewidth=1, label=f"alive above {threshold:g}")
-    axis.set(yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    for name in [name for name in lines[0] if name not in ("step", "seconds") and not name.startswith("gradient")]:
+        left.plot([line["step"] for line in lines], [line[name] for line in lines], label=name.replace("_", " "))
+    for n, (path, matrix) in enumerate(metrics["matrices"].items()):
+        mean = [max(x, 1e-8) for x in sorted(matrix["mean_importance"], reverse=True)]
+        label, style = f"{path}: {matrix['alive']} alive of {matrix['C']}", ("-", "--", ":")[n % 3]
+        right.plot(range(1, len(mean) + 1), mean, marker=".", markersize=3, linestyle=style, label=label)
+    right.axhline(ALIVE, color="gray", linewidth=1, label=f"alive above {ALIVE:g}")
+    left.set(yscale="log", xlabel="step", ylabel="loss, or L0", title="Losses and L0 over the training")
+    right.set(yscale="log", xlabel="subcomponent, sorted", ylabel="mean importance (at least 1e-8)", title="Spectrum")
+    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110)
     plt.close(figure)

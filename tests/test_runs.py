@@ -120,6 +120,24 @@ class Twice(nn.Module):
         return self.square(self.square(x))
 
 
+class InPlace(nn.Module):
+    """Adds to its residual stream in place: after the matrix has read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.first(x)
+        h += torch.relu(self.second(h))
+        return h
+
+
+class Pair(Net):
+    def forward(self, x):
+        return super().forward(x), None
+
+
 def nan_net():
     model = net()
     model.first.bias.data[0] = torch.nan
@@ -140,6 +158,10 @@ small = dataclasses.replace(CONFIG, steps=3)
         (dict(model=Tied().eval(), sizes={"first": 4}), r"first.weight is tied to last.weight"),
         (dict(model=Twice().eval(), sizes={"square": 4}), r"square runs twice"),
         (dict(model=Twice().eval(), sizes={"unused": 4}), r"unused does not run"),
+        (dict(model=InPlace().eval(), sizes={"first": 4, "second": 4}), r"modified by an inplace.*write x = x \+ y"),
+        (dict(model=Pair().eval()), r"the model returns a tuple: make it return one tensor"),
+        (dict(config=dataclasses.replace(small, G_heads=0)), r"G_heads is 0: give at least 1"),
+        (dict(config=dataclasses.replace(small, w_stochastic=0, w_adversarial=0)), r"are both 0"),
         (dict(model=net().train()), r"call model.eval\(\)"),
         (dict(model=nan_net()), r"target model's output is not finite on the first batch"),
         (dict(config=dataclasses.replace(small, G_type="transformer")), r"set G_type='mlp'"),
@@ -208,6 +230,44 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(tmp_path, con
     assert "\n" not in str(error.value) and path.read_bytes() == content
 
 
+def stopped_run(folder, **began):
+    """A run that stopped after 3 of 6 steps; its checkpoint says that it ran with these versions."""
+    config, draws = dataclasses.replace(small, steps=6), iter(range(99))
+
+    def mortal(generator):
+        if next(draws) == 4:  # the first draw is for the checks
+            raise KeyboardInterrupt
+        return batches(generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        decompose_net(folder, config, get_batch=mortal)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"versions": state["versions"] | began}, folder / "checkpoint.pt")
+    return config
+
+
+def test_an_unfinished_run_of_another_device_is_refused_and_a_finished_one_is_loaded(tmp_path):
+    config = stopped_run(tmp_path / "stopped", device="cuda")
+    with pytest.raises(vpd.BadInput, match="stopped on cuda, whose random numbers cpu has not"):
+        decompose_net(tmp_path / "stopped", config)
+    finished = decompose_net(tmp_path / "finished", small)
+    state = torch.load(tmp_path / "finished" / "checkpoint.pt", weights_only=True)
+    foreign = {"versions": state["versions"] | {"device": "cuda"}, "noise": torch.zeros(16, dtype=torch.uint8)}
+    torch.save(state | foreign, tmp_path / "finished" / "checkpoint.pt")  # a CUDA generator's state has 16 bytes
+    loaded = decompose_net(tmp_path / "finished", small)
+    assert same(loaded.U, finished.U) and same(loaded.G.state_dict(), finished.G.state_dict())
+
+
+def test_a_run_resumed_with_other_threads_or_another_torch_says_so_in_one_line(tmp_path, capsys):
+    config = stopped_run(tmp_path / "other", threads=77, torch="1.0")
+    decompose_net(tmp_path / "other", config)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "torch 1.0, threads 77" in warnings[0]
+    config = stopped_run(tmp_path / "same")
+    decompose_net(tmp_path / "same", config)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_damaged_run_json_is_refused(tmp_path):
     decompose_net(tmp_path, small)
     (tmp_path / "run.json").write_text("{")
@@ -249,6 +309,12 @@ def one_of_two(folder):
     torch.save(joined_step(TOGETHER, half), folder / f"step{vpd.rank()}.pt")
     vpd.stochastic_reconstruction = stochastic
 
+    # a warm-up that ends differently on both, as it may on two devices
+    training = vpd.start(net(), C, {path: torch.zeros(4, 4) for path in C}, TOGETHER)
+    training.decomposition.U["first"].data += vpd.rank()
+    vpd.faithfulness_warmup(net(), training.decomposition, TOGETHER)
+    torch.save(training.decomposition.U, folder / f"warm{vpd.rank()}.pt")
+
     draws = iter(range(1000))
 
     def mortal(generator):
@@ -283,6 +349,7 @@ def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_i
     for path, r in sources.items():
         torch.testing.assert_close(torch.cat([one[2][path] for one in halves]), r, rtol=1e-4, atol=1e-5)
 
+    assert same(*(torch.load(tmp_path / f"warm{rank}.pt", weights_only=True) for rank in (0, 1)))
     runs = [torch.load(tmp_path / f"run{rank}.pt", weights_only=True) for rank in (0, 1)]
     for U, resumed_U, G, resumed_G in runs:
         assert same(U, resumed_U) and same(G, resumed_G)

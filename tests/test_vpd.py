@@ -1,13 +1,17 @@
 """The method: each test is a claim about VPD, checked against something independent of vpd.py."""
 
 import copy
+import dataclasses
 import itertools
 import math
+import sys
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vpd
 
@@ -300,6 +304,75 @@ def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
     assert all(parameter.grad is None for parameter in model.parameters())  # the target gets none
 
 
+class PeakMemory(TorchDispatchMode):
+    """Within, the largest sum of the bytes of all tensors that live at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.live, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.freed, storage._cdata)
+        return result
+
+    def freed(self, key):
+        self.live -= self.sizes.pop(key)
+
+
+def test_the_peak_memory_of_a_training_step_is_that_of_its_docstring():
+    def peak(subcomponents, outputs):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, outputs)).eval()
+        sizes, batch = {"0": subcomponents, "2": subcomponents}, torch.randn(16, 64, 8)
+        config = vpd.Config(G_type="transformer", G_width=16, G_blocks=1, G_heads=2)
+        training = vpd.start(model, sizes, vpd.check(model, sizes, batch, config), config)
+        vpd.training_step(model, batch, vpd.kl, training, config)  # Adam's moments are there from the first step on
+        with PeakMemory() as memory:
+            vpd.training_step(model, batch, vpd.kl, training, config)
+        return memory.peak / (4 * 16 * 64)  # in numbers per position
+
+    assert (peak(600, 8) - peak(300, 8)) / (2 * 300) == pytest.approx(13, abs=1)
+    assert (peak(8, 1200) - peak(8, 600)) / 600 == pytest.approx(6, abs=1)
+
+
+def test_under_autocast_scores_are_float32_masks_lie_between_0_and_1_and_evaluation_has_the_precision_of_training():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 4), Net()).eval()
+    sizes, batch = {"1.first": 6, "1.last": 7}, torch.randint(11, (3, 5))
+    for G_type in ("transformer", "mlp"):
+        config = vpd.Config(G_type=G_type, G_width=16, G_blocks=1, G_heads=2, bf16=True)
+        found = vpd.start(model, sizes, vpd.check(model, sizes, batch, config), config).decomposition
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            _, inputs = vpd.forward_with_inputs(model, sizes, batch)
+            z = found.G(inputs, found.U, found.V)
+            g = vpd.causal_importances(z)
+            masks = vpd.make_masks(g, {path: torch.ones_like(x) for path, x in g.items()})
+        for path in sizes:
+            assert z[path].dtype == g[path].dtype == masks[path].dtype == torch.float32
+            assert masks[path].min() >= 0 and masks[path].max() <= 1
+        trained = vpd.predict_importances(model, found, batch)[1]
+        other = vpd.predict_importances(model, dataclasses.replace(found, bf16=False), batch)[1]
+        assert all(torch.equal(trained[path], g[path]) for path in g)
+        assert any(not torch.equal(other[path], g[path]) for path in g)
+
+
+def test_a_start_leaves_all_random_states_as_they_were(monkeypatch):
+    def never(seed):
+        raise AssertionError("torch.manual_seed reseeds the generators of all devices")
+
+    model, inputs = Net().eval(), {path: torch.zeros(2, 4) for path in C}
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch, "manual_seed", never)
+    vpd.start(model, C, inputs, vpd.Config())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_training_step_never_changes_the_target():
     config = vpd.Config(G_type="mlp")
     model, training, x = start(config)
@@ -340,6 +413,12 @@ def small_decomposition(model, sizes, seed=0):
     G = vpd.ImportanceMLPs({p: (V[p].shape[0], sizes[p]) for p in sizes}, vpd.Config())
     torch.nn.init.normal_(G.b_out)
     return vpd.Decomposition(U, V, G)
+
+
+def test_evaluation_batches_of_unequal_shape_are_refused():
+    model = Net().eval()
+    with pytest.raises(vpd.BadInput, match="evaluation batches differ in shape"):
+        vpd.evaluate(model, small_decomposition(model, C), [torch.randn(8, 4), torch.randn(7, 4)], vpd.mse)
 
 
 def test_evaluation_against_explicit_weights_and_counts():
