@@ -32,11 +32,7 @@ import vpd
 
 plt.style.use("tableau-colorblind10")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The target models and their data
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The target models and their data -------------------------------------------------------------------------------
 
 class TMS(nn.Module):
     """Toy model of superposition: x (B, N) -> ReLU(W^T [I] W x + b) (B, N), through M < N dimensions."""
@@ -46,7 +42,7 @@ class TMS(nn.Module):
         self.W = nn.Linear(features, dimensions, bias=False)  # weight: M x N, one column per feature
         self.identity = nn.Linear(dimensions, dimensions, bias=False) if identity else None
         self.WT = nn.Linear(dimensions, features)  # weight: N x M
-        with torch.no_grad():  # columns of unit norm: from smaller ones, training drops features instead of packing them
+        with torch.no_grad():  # columns of unit norm: training drops features that start smaller
             self.W.weight.copy_(F.normalize(torch.randn(dimensions, features), dim=0))
             self.WT.bias.zero_()
             if identity:
@@ -57,7 +53,6 @@ class TMS(nn.Module):
         if self.identity is not None:
             h = self.identity(h)
         return F.relu(self.WT(h))
-
 
 class ResidualMLP(nn.Module):
     """x (B, features) -> fixed random embedding -> residual ReLU blocks -> unembedding (B, features)."""
@@ -76,12 +71,10 @@ class ResidualMLP(nn.Module):
             h = h + layer["out"](F.relu(layer["in"](h)))
         return h @ self.embedding.T
 
-
 def feature_batch(n: int, features: int, density: float, low: float, generator: torch.Generator) -> Tensor:
     """(n, features): each feature is present with probability `density`, with a value from U(low, 1), and else 0."""
     value = low + (1 - low) * torch.rand(n, features, generator=generator)
     return value * (torch.rand(n, features, generator=generator) < density)
-
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
@@ -102,24 +95,22 @@ class Toy:
 
     @property
     def density(self) -> float:
-        """The probability with which a feature is present. Residual MLP: one on average, as with the paper's 100 features at 0.01."""
+        """The probability that a feature is present. Residual MLP: one on average, as in the paper (100 at 0.01)."""
         return 1 / self.features if self.layers else 0.05
 
     def batch(self, generator: torch.Generator, n: int | None = None) -> Tensor:
-        """(n, features) inputs, with the density and range of values that this kind of model is trained on.
-
-        n: by default as many as a step of the decomposition takes. With 256, more features of a residual MLP share a subcomponent.
-        """
+        """(n, features) inputs, with the density and range of values that the target is trained on. n: by default as
+        many as a step of the decomposition takes. With 256, more features of a residual MLP share a subcomponent."""
         n = n or (512 if self.layers else 256)
         return feature_batch(n, self.features, self.density, -1.0 if self.layers else 0.0, generator)
 
     def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
         """The setting of a toy model: one for each kind; what depends on its size follows from the size.
 
-        lr: Adam moves every entry by about lr a step, and those of V start at 1 / sqrt(d_in). Much less, and subcomponents that do
-        the same do not merge in time. Prices: MSE is a mean over N outputs, a feature's share in it 1/N. price_start: from a
-        high price down, a feature is more often found as one part, and seldom ends as the sum of its two neighbours' parts.
-        """
+        lr: Adam moves every entry by about lr a step, and those of V start at 1 / sqrt(d_in). With much less,
+        subcomponents that do the same do not merge in time. Price: MSE is a mean over N outputs, so a feature's share
+        in it is 1 / N. price_start: from a high price down, a feature is more often found as one part, and seldom as
+        the sum of its two neighbours' parts."""
         config = vpd.Config(
             seed=seed,
             lr=0.04 / self.features**0.5,
@@ -128,16 +119,18 @@ class Toy:
             price_start=7.5,
         )
         if self.identity:
-            # It is needed, and charged, whenever any feature is present. At the price above, that of tms_40-10-id comes apart into
-            # 64 pieces that are needed more rarely: hence a lower one, the more features are present at once. (Not for all models:
-            # with it, tms_40-10 finds 39 features of 40.)
+            # An identity is needed, and paid for, whenever any feature is present. At the price above, that of
+            # tms_40-10-id comes apart into 64 pieces. So the price is lower, the more features are present at once.
+            # (Not for all models: with it, tms_40-10 finds 39 features of 40.)
             price = 1e-3 / self.features / (self.density * self.features) ** 0.5
             steps = 3000 if self.features < 20 else 5000
-            config = dataclasses.replace(config, w_importance=price / 2, w_frequency=price, price_start=6.0, steps=steps)
+            new = {"w_importance": price / 2, "w_frequency": price, "price_start": 6.0, "steps": steps}
+            config = dataclasses.replace(config, **new)
         if self.layers:
-            # Two features whose columns of W_in have a cosine of 0.5 and more easily come to share a subcomponent, and training
-            # seldom parts them again. What keeps them apart: large batches (n of `batch`), a price that starts high, and p from 2
-            # (from 1, a third of the features was found). What finds the weak columns: a price that ends low. Trials: README.
+            # Two features whose columns of W_in have a cosine over 0.5 easily come to share a subcomponent, and
+            # training seldom parts them again. Large batches, a price that starts high and p from 2 keep them apart
+            # (with p from 1, a third of the features was found). A price that ends low finds the weak columns. Trials:
+            # .github/experiments.md
             config = dataclasses.replace(
                 config,
                 lr=0.07 / self.dimensions**0.5,
@@ -149,7 +142,8 @@ class Toy:
         return dataclasses.replace(config, **{f"w_{loss}": 0.0 for loss in without})
 
     def C(self) -> dict[str, int]:
-        """Subcomponents per matrix: several times what the truth needs. On TMS, with half as many some features share one."""
+        """Subcomponents per matrix, several times what the truth needs: with half as many, some features of TMS
+        share."""
         N, M = self.features, self.dimensions
         if self.layers:
             return {f"layers.{i}.{m}": 2 * N for i in range(self.layers) for m in ("in", "out")}
@@ -159,9 +153,7 @@ class Toy:
         """Training steps of the target model."""
         return 10_000 if published or not self.layers else 3_000
 
-
 LOSSES = ("stochastic", "adversarial", "importance", "frequency", "delta")
-
 
 def parse_name(name: str, published: bool = False) -> Toy:
     """The toy model of a name; raises BadInput, listing those there are, for an unknown one."""
@@ -175,14 +167,12 @@ def parse_name(name: str, published: bool = False) -> Toy:
         layers = int(match[1])
         features, width, neurons = (100, 1000, 50 // layers) if published else (40 * layers, 200 * layers, 20)
         return Toy(name, features, width, layers=layers, neurons=neurons)
-    raise vpd.BadInput(f"unknown model {name!r}: there are tms_N-M and tms_N-M-id (N >= M >= 1), resid_mlp1, resid_mlp2, resid_mlp3")
-
+    raise vpd.BadInput(f"unknown model {name!r}: give tms_N-M or tms_N-M-id (N >= M >= 1), or resid_mlp1, 2 or 3")
 
 def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
     """Train the model from scratch to compute x (TMS, with W and W^T tied) or x + ReLU(x) (residual MLP).
 
-    AdamW, weight decay 0.01, cosine to 0, batches of 1,024; learning rates as in the paper.
-    """
+    AdamW, weight decay 0.01, cosine to 0, batches of 1,024; learning rates as in the paper."""
     device, data = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     trained = list(model.parameters()) if toy.layers else [model.W.weight, model.WT.bias]
     optimizer = torch.optim.AdamW(trained, lr=3e-3 if toy.layers else 5e-3, weight_decay=0.01)
@@ -203,27 +193,24 @@ def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
         with torch.no_grad():
             model.WT.weight.copy_(model.W.weight.T)
 
-
 def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tuple[nn.Module, float]:
     """The trained target model of a run folder, made and saved there (target.pt) if it is not yet; and its seconds.
 
-    Raises BadInput if the folder holds another run or a damaged target.pt.
-    """
+    Raises BadInput if the folder holds another run or a damaged target.pt."""
     path, wanted = out / "target.pt", {"toy": dataclasses.asdict(toy), "seed": seed}
     torch.manual_seed(seed)
     model = toy.model()
     if path.exists():
         try:
-            saved = torch.load(path, weights_only=True)
+            saved = torch.load(path, map_location=device, weights_only=True)
             found = saved["wanted"]
             model.load_state_dict(saved["model"]) if found == wanted else None
         except Exception as error:
-            raise vpd.BadInput(f"{path} is damaged or is not a toy model: delete it, or choose another --out") from error
-        if found != wanted:
-            raise vpd.BadInput(f"{out} holds {found['toy']['name']} of seed {found['seed']}: choose another --out, or delete it")
+            raise vpd.BadInput(f"{path} is damaged or no toy model: delete it, or choose another --out") from error
+        held = f"{found['toy']['name']} of seed {found['seed']}"
+        vpd.refuse(found != wanted, f"{out} holds {held}: choose another --out, or delete it")
         return model.to(device).eval(), saved["seconds"]
-    if (out / "run.json").exists():
-        raise vpd.BadInput(f"{out} holds another run: choose another --out, or delete it")
+    vpd.refuse((out / "run.json").exists(), f"{out} holds another run: choose another --out, or delete it")
     began = time.monotonic()
     train_target(toy, model.to(device), seed, steps)
     seconds = time.monotonic() - began
@@ -232,34 +219,25 @@ def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tu
         torch.save({"wanted": wanted, "model": model.state_dict(), "seconds": seconds}, file)
     return model.eval(), seconds
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The score: did VPD find the mechanisms that are there?
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The score: did VPD find the mechanisms that are there? ---------------------------------------------------------
 
 def in_features(toy: Toy, model: nn.Module, path: str, weights: Tensor) -> Tensor:
-    """Matrices (..., d_out, d_in) of a path, seen so that the last dimension counts features wherever that has a meaning.
-
-    TMS: W as it is, W^T transposed. Residual MLP: W_in composed with the embedding, W_out with the unembedding, transposed.
-    """
+    """Matrices (..., d_out, d_in) of a path, changed so that the last dimension counts features where it can: W as it
+    is, W^T transposed; W_in times the embedding, W_out transposed times it."""
     if toy.layers:
         return weights @ model.embedding.T if path.endswith("in") else weights.mT @ model.embedding.T
     return weights.mT if path == "WT" else weights
-
 
 def subcomponents(decomposition: vpd.Decomposition, path: str) -> Tensor:
     """All rank-one matrices U_c V_c^T of a path, (C, d_out, d_in)."""
     return torch.einsum("co,ic->coi", decomposition.U[path].detach(), decomposition.V[path].detach())
 
-
 def superposition_score(columns: Tensor, parts: Tensor) -> dict:
     """MMCS and ML2R of the ALIVE subcomponents `parts` (alive, M, N) for true columns (M, N).
 
-    MMCS: mean over features of the best cosine between the column of a subcomponent and the true one. ML2R: mean norm ratio of
-    that best column to the true one. Features that the target itself does not represent (norm under a tenth of the largest)
-    have no mechanism to be found, and are left out; `represented` counts the rest.
-    """
+    MMCS: mean over features of the largest cosine between the column of a subcomponent and the true one. ML2R: mean
+    norm ratio of that column to the true one. Features that the target itself does not represent (norm under a tenth
+    of the largest) have no mechanism to be found, and are left out; `represented` counts the rest."""
     norm = columns.norm(dim=0)  # (N,)
     represented = norm > 0.1 * norm.max()
     if not len(parts):
@@ -272,29 +250,27 @@ def superposition_score(columns: Tensor, parts: Tensor) -> dict:
         "represented": int(represented.sum()),
     }
 
-
 def residual_score(path: str, parts: Tensor, probe: Tensor) -> dict:
-    """Residual MLP, from the alive subcomponents (alive, ...) and their causal importances on one-hot probes (features, alive).
+    """The score of a residual MLP's matrix: its alive subcomponents (alive, ...), their g on one-hot probes (features,
+    alive).
 
-    in-matrix: features_recovered = share of features for which exactly one subcomponent has g > 0.1, and that one for no other.
-    out-matrix: rank = that of the sum of the subcomponents, singular values under 1 % of the largest not counted (the truth: as
-    many as neurons); dense = of the subcomponents with g > 0.1 on some probe, the share on the average probe (the truth: 1).
-    """
+    in-matrix: features_recovered = share of features for which exactly one subcomponent has g > 0.1, one that serves no
+    other. out-matrix: rank of the sum of the subcomponents, without singular values under 1 % of the largest (truth:
+    the number of neurons); dense = of the subcomponents with g > 0.1 on some probe, the share on the average probe
+    (truth: 1)."""
     on = probe > 0.1
     if path.endswith("in"):
-        alone = (on.sum(1, keepdim=True) == 1) & (on.sum(0, keepdim=True) == 1)  # the only one in its row and its column
+        alone = (on.sum(1, keepdim=True) == 1) & (on.sum(0, keepdim=True) == 1)  # in its row and column
         return {"features_recovered": (on & alone).any(1).float().mean().item()}
     used = on.any(0)
     rank = int(torch.linalg.matrix_rank(parts.sum(0), rtol=0.01)) if len(parts) else 0
     return {"rank": rank, "dense": on[:, used].float().mean().item() if used.any() else 0.0}
 
-
-def score(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, metrics: dict) -> dict[str, tuple[Tensor, Tensor]]:
-    """Add the scores to metrics["matrices"]. Returns, for the pictures, {path: (alive subcomponents, g on one-hot probes)}.
-
-    Both are ordered by the feature that a subcomponent serves most. Probes: 0.75 times each feature alone.
-    """
-    _, g = vpd.predict_importances(model, decomposition, 0.75 * torch.eye(toy.features, device=next(model.parameters()).device))
+def score(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, metrics: dict) -> dict[str, tuple]:
+    """Add the scores to metrics["matrices"]. Returns, for the pictures, {path: (alive subcomponents, g on one-hot
+    probes)}, ordered by the feature that a subcomponent serves most. Probes: 0.75 times each feature alone."""
+    probes = 0.75 * torch.eye(toy.features, device=next(model.parameters()).device)
+    _, g = vpd.predict_importances(model, decomposition, probes)
     drawn = {}
     for path, matrix in metrics["matrices"].items():
         alive = (torch.tensor(matrix["mean_importance"]) > vpd.ALIVE).nonzero()[:, 0]
@@ -310,15 +286,11 @@ def score(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, metrics:
         drawn[path] = parts, probe
     return drawn
 
+# ---- The pictures ---------------------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def draw_subcomponents(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, path: str, parts: Tensor, file: Path) -> None:
-    """The target's matrix, the sum of all subcomponents, and each alive one: as arrows (one per feature) in two dimensions,
-    else as colours. Features keep their colour or column throughout."""
+def draw_subcomponents(toy: Toy, model: nn.Module, decomposition, path: str, parts: Tensor, file: Path) -> None:
+    """The target's matrix, the sum of all subcomponents, and each alive one: as arrows (one per feature) in two
+    dimensions, else as colours. Features keep their colour or column."""
     target = in_features(toy, model, path, model.get_submodule(path).weight.detach())
     total = in_features(toy, model, path, subcomponents(decomposition, path).sum(0))
     panels = [("target", target), ("sum of all", total)] + [(f"subcomponent {c}", part) for c, part in enumerate(parts)]
@@ -346,7 +318,6 @@ def draw_subcomponents(toy: Toy, model: nn.Module, decomposition: vpd.Decomposit
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
-
 def draw_importances(toy: Toy, drawn: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
     """Causal importances of the alive subcomponents when one feature alone is present."""
     figure, axes = plt.subplots(1, len(drawn), figsize=(1 + 3 * len(drawn), 3.4), squeeze=False, layout="constrained")
@@ -360,23 +331,18 @@ def draw_importances(toy: Toy, drawn: dict[str, tuple[Tensor, Tensor]], file: Pa
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 def table(metrics: dict) -> str:
     """What a person wants to see at the end."""
     lines = ["matrix           C  alive     L0   score against the known mechanisms"]
     for path, m in metrics["matrices"].items():
-        known = {k: m[k] for k in ("mmcs", "ml2r", "features_recovered", "rank", "dense") if k in m}
-        found = "  ".join(f"{k} {value:.3f}" if isinstance(value, float) else f"{k} {value}" for k, value in known.items())
-        lines.append(f"{path:12s} {m['C']:5d} {m['alive']:6d} {m['l0']:6.2f}   {found}")
-    lines.append("divergence (MSE):  " + "  ".join(f"{name} {value:.2g}" for name, value in metrics["divergence"].items()))
-    lines.append("fresh adversary:   " + "  ".join(f"{steps} steps {value:.2g}" for steps, value in metrics["adversary"].items()))
+        known = [(k, m[k]) for k in ("mmcs", "ml2r", "features_recovered", "rank", "dense") if k in m]
+        scores = "  ".join(f"{k} {x:.3f}" if isinstance(x, float) else f"{k} {x}" for k, x in known)
+        lines.append(f"{path:12s} {m['C']:5d} {m['alive']:6d} {m['l0']:6.2f}   {scores}")
+    lines.append("divergence (MSE):  " + "  ".join(f"{name} {x:.2g}" for name, x in metrics["divergence"].items()))
+    lines.append("fresh adversary:   " + "  ".join(f"{n} steps {x:.2g}" for n, x in metrics["adversary"].items()))
     return "\n".join(lines)
-
 
 def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, published: bool) -> dict:
     """Train, decompose, score and draw one toy model; returns what is saved in metrics.json."""
@@ -398,18 +364,18 @@ def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, 
     vpd.draw_run(metrics, out / "log.jsonl", out / "training.png")
     return metrics
 
-
 def main() -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tms_5-2", help="default: tms_5-2")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the target, its data and the decomposition (default: 0)")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL, and what differs from the default run)")
-    parser.add_argument("--without", nargs="+", choices=LOSSES, default=(), metavar="LOSS", help=f"train without: {', '.join(LOSSES)}")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--seed", type=int, default=0, help="of the target, its data and the decomposition")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL with what differs from the default)")
+    losses = {"nargs": "+", "choices": LOSSES, "default": (), "metavar": "LOSS"}
+    parser.add_argument("--without", **losses, help=f"train without one or more of {', '.join(LOSSES)}")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
     parser.add_argument("--published", action="store_true", help="residual MLP in the published size, much slower")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # these matrices are too small for more to pay, and results do not depend on the machine's cores
+    torch.set_num_threads(1)  # more do not pay for such small matrices, and would change the last digits
     differs = f"-seed-{options.seed}" * (options.seed != 0) + "".join(f"-without-{loss}" for loss in options.without)
     out = options.out or Path("runs") / (options.model + differs + "-published" * options.published)
     try:
@@ -418,7 +384,6 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(table(metrics))
     print(f"pictures and metrics.json are in {out}")
-
 
 if __name__ == "__main__":
     main()

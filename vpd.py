@@ -377,8 +377,8 @@ def precision(device: torch.device | str, bf16: bool):
 def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms.
 
-    Peak memory in bytes: 4 * positions * (13 * sum C + 6 * outputs), sources and their moments included, and what U, V, G
-    and the model take. Raises BadInput, with only the sources changed, if a loss or a gradient is not finite."""
+    Peak memory in bytes: 4 * positions * (13 * sum C + 6 * outputs), with the sources and their moments, beside that of
+    U, V, G and the model. Raises BadInput, with only the sources changed, if a loss or a gradient is not finite."""
     U, V, G = training.decomposition.U, training.decomposition.V, training.decomposition.G
     UV, G_parameters, sources = [*U.values(), *V.values()], list(G.parameters()), training.sources
 
