@@ -1,5 +1,6 @@
 """Reading a decomposition: attributions, graphs and pruning, against finite differences and planted circuits."""
 
+import functools
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ import train_gpt2 as gpt
 import vpd
 
 EMBEDDINGS = ("tokens", "positions")
+MATRICES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
 
 
 class Silent(nn.Module):
@@ -53,18 +55,22 @@ def test_an_edge_is_the_change_of_its_target_per_change_of_its_sources_write_wit
     model, decomposition, g, batch = small()
     U, V = decomposition.U, decomposition.V
     graph = vpd.attribution_graph(model, decomposition, g, batch, lambda logits: logits[0, -1, 3], EMBEDDINGS)
-    writes, order = {}, ["tokens", "positions", *(f"h.{i}.{m}" for i in (0, 1) for m in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"))]
+    writes, order = {}, ["tokens", "positions", *(f"h.{i}.{matrix}" for i in (0, 1) for matrix in MATRICES)]
 
     def remember(module, args, output, path):
         writes[path] = output.detach()
 
-    handles = [model.get_submodule(p).register_forward_hook(lambda m, a, o, p=p: remember(m, a, o, p)) for p in EMBEDDINGS]
+    handles = []
+    for path in EMBEDDINGS:
+        hook = functools.partial(remember, path=path)
+        handles.append(model.get_submodule(path).register_forward_hook(hook))
     model(batch)
     [handle.remove() for handle in handles]
     for path in order[2:]:  # each matrix's masked output, from those before it
-        inputs, _ = frozen_forward(model, {**writes, **{p: torch.zeros(1, 5, U[p].shape[1]).double() for p in order[2:] if p not in writes}}, batch)
-        bias = model.get_submodule(path).bias
-        writes[path] = sum((g[path][..., c, None] * (inputs[path] @ V[path][:, c])[..., None] * U[path][c]) for c in range(6)) + bias
+        later = {p: torch.zeros(1, 5, U[p].shape[1]).double() for p in order[2:] if p not in writes}
+        inputs, _ = frozen_forward(model, writes | later, batch)
+        parts = (g[path][..., c, None] * (inputs[path] @ V[path][:, c])[..., None] * U[path][c] for c in range(6))
+        writes[path] = sum(parts) + model.get_submodule(path).bias
 
     def value(node, writes):
         inputs, output = frozen_forward(model, writes, batch)
@@ -152,7 +158,7 @@ def test_without_embeddings_the_first_matrix_has_no_sources_and_the_graph_is_sti
 
 
 def previous_token_model():
-    """One attention layer that predicts, at every position, the token before: planted, with one subcomponent per mechanism.
+    """One attention layer that predicts, at every position, the token before, one subcomponent per mechanism.
 
     The residual stream holds the token (0-3), the position (4-9) and the prediction (10-13).
     """
@@ -162,7 +168,8 @@ def previous_token_model():
     block = model.h[0]
     block.norm_attn, block.norm_mlp, model.norm = nn.Identity(), nn.Identity(), nn.Identity()
     eye = torch.eye(14)
-    model.tokens.weight.data = eye[:4] + eye[10:14]  # the prediction is read by its own dimensions, and the token written there too
+    # the prediction is read from dimensions of its own, and the token is written there too
+    model.tokens.weight.data = eye[:4] + eye[10:14]
     model.positions.weight.data = eye[4:10]
     read = {  # (read direction, write direction) of each subcomponent
         "h.0.attn.q": [(eye[4 + t], 40 * eye[4 + t - 1]) for t in range(1, 6)],
@@ -182,7 +189,8 @@ def test_the_planted_previous_token_circuit_comes_out_on_top():
     batch = torch.tensor([[0, 1, 2, 3, 1, 2]])
     assert model(batch)[0, 1:].argmax(-1).tolist() == batch[0, :-1].tolist()
     _, inputs = vpd.forward_with_inputs(model, decomposition.U, batch)
-    g = {path: nn.functional.pad(((inputs[path] @ decomposition.V[path]).abs() > 0.5).float(), (0, 1)) for path in decomposition.U}
+    active = {path: (inputs[path] @ V).abs() > 0.5 for path, V in decomposition.V.items()}
+    g = {path: nn.functional.pad(x.float(), (0, 1)) for path, x in active.items()}
     graph = vpd.attribution_graph(model, decomposition, g, batch, lambda logits: logits[0, -1, 1], EMBEDDINGS)
 
     def into(target):
@@ -210,7 +218,8 @@ def test_the_planted_previous_token_circuit_comes_out_on_top():
 
 def test_similarity_is_the_largest_cosine_between_explicit_rank_one_matrices():
     torch.manual_seed(0)
-    one, other = ({"W": torch.randn(5, 3).double()} for _ in range(2)), ({"W": torch.randn(4, 5).double()} for _ in range(2))
+    one = ({"W": torch.randn(5, 3).double()} for _ in range(2))
+    other = ({"W": torch.randn(4, 5).double()} for _ in range(2))
     one, other = (vpd.Decomposition(U, V, Silent()) for U, V in zip(one, other))
     matrices = [torch.einsum("co,ic->coi", x.U["W"], x.V["W"]).flatten(1) for x in (one, other)]
     found = vpd.similarity(one, other)["W"]
@@ -219,7 +228,7 @@ def test_similarity_is_the_largest_cosine_between_explicit_rank_one_matrices():
         assert found["product"][c].item() == pytest.approx(max(0, max(cosines).item()), rel=1e-12)
         cosines = [nn.functional.cosine_similarity(one.U["W"][c], u, dim=0).abs() for u in other.U["W"]]
         assert found["U"][c].item() == pytest.approx(max(cosines).item(), rel=1e-12)
-    # the same subcomponents in another order and scale, and with both signs turned, are the same; with one sign turned they are not
+    # in another order and scale, and with both signs turned, they are the same; with one sign turned they are not
     order = torch.tensor([3, 1, 4, 0, 2])
     for sign in (1, -1):
         again = vpd.Decomposition({"W": -2 * one.U["W"][order]}, {"W": -sign * one.V["W"][:, order]}, Silent())
@@ -231,7 +240,6 @@ def test_similarity_is_the_largest_cosine_between_explicit_rank_one_matrices():
 # --- What train_gpt2.py reads off a finished run ---
 
 TEXT = "def first(self, x):\n    return '<b>' & x\n\n\nclass Name:\n\tdef second(self): return \"</script>\" \n" * 60
-KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +248,26 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text(TEXT)
     config = vpd.Config(steps=30, warmup_steps=50, lr=5e-3, G_type="transformer", G_width=32, G_blocks=1, G_heads=2)
-    preset = gpt.Preset(gpt.Shape(2, 16, 2, 16, 280), 4, 60, 1e-2, dict.fromkeys(KINDS, 6), config)
+    preset = gpt.Preset(gpt.Shape(2, 16, 2, 16, 280), 4, 60, 1e-2, dict.fromkeys(MATRICES, 6), config)
     settings = {"preset": "laptop", "data": str(folder / "text.txt"), "init_from": "", "seed": 0, "steps": 0, "C": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gpt.PRESETS, "laptop", preset)
         patch.setattr(gpt, "EVALUATED", 256)
-        opened = gpt.target_and_decomposition(settings, folder, "cpu")
-        gpt.evaluation(opened, settings)
+        opened = gpt.open_run(settings, folder, "cpu")
+        gpt.evaluate(opened)
         yield opened
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command line in this process, and returns what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--device", "cpu", *map(str, arguments)])
+        gpt.main()
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_all_pairs_with_biases_and_delta_give_the_attention_scores():
@@ -264,6 +284,56 @@ def test_all_pairs_with_biases_and_delta_give_the_attention_scores():
                 for other in range(6):
                     total += parts["a_q"][:, c, None] * parts["static"][h, c, other] * parts["a_k"][:, other]
             torch.testing.assert_close(total, true, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_pair_explains_alone_is_the_variance_that_goes_when_its_scores_are_taken_off():
+    torch.manual_seed(0)
+    T, static, a_q, a_k = 6, torch.randn(3, 4).double(), torch.randn(6, 3).double(), torch.randn(6, 4).double()
+
+    def seen_by_softmax(scores):  # row by row: what is left of a row after its mean over the positions up to it
+        rows = [row[: t + 1] - row[: t + 1].mean() for t, row in enumerate(scores)]
+        return torch.stack([nn.functional.pad(row, (0, T - len(row))) for row in rows])
+
+    scores = seen_by_softmax(a_q @ static @ a_k.T + torch.randn(T, T))
+    share = gpt.explained(static, a_q, a_k, scores)
+    for c in range(3):
+        for other in range(4):
+            left = scores - seen_by_softmax(static[c, other] * a_q[:, c, None] * a_k[:, other])
+            expected = 1 - left.square().sum() / scores.square().sum()
+            assert share[c, other].item() == pytest.approx(expected.item(), abs=1e-9)
+
+
+def test_attention_by_command_prints_spread_and_pairs_of_every_head_and_writes_two_pictures(run, command):
+    text = command("--out", run.folder, "--attention", "1", "--prompt", "def first(self, x):")
+    lines = text.splitlines()
+    assert [line.split(":")[0] for line in lines[:4]] == [f"h.1.attn.{m}" for m in "qkvo"]
+    # independently: the subcomponents of v whose norm in the second of two heads is over half that in the first
+    U, V = run.decomposition.U["h.1.attn.v"], run.decomposition.V["h.1.attn.v"]
+    mean = json.loads((run.folder / "metrics.json").read_text())["matrices"]["h.1.attn.v"]["mean_importance"]
+    alive = [c for c in range(6) if mean[c] > vpd.ALIVE]
+    norms = [sorted((U[c, :8].norm() * V[:, c].norm(), U[c, 8:].norm() * V[:, c].norm())) for c in alive]
+    share = sum(bool(small > large / 2) for small, large in norms) / len(alive)
+    assert f"{share:.0%} of {len(alive)} alive" in lines[2]
+    for h in range(2):
+        static, *pairs = [line for line in lines if line.startswith(f"head {h},")]
+        shares = [int(line.split("explains ")[1].split("%")[0]) for line in pairs]
+        assert static.count(" sd)") == 3 and len(shares) == 3 and shares == sorted(shares, reverse=True)
+    assert all((run.folder / f"attention_1{name}.png").stat().st_size > 10_000 for name in ("", "_pairs"))
+
+
+def test_an_edit_by_command_is_measured_and_its_proposals_are_parts_that_can_be_edited(run, command, monkeypatch):
+    lines = command("--out", run.folder, "--edit").splitlines()
+    proposed = [line.split()[2] for line in lines if line.startswith("contrast")]
+    assert proposed and all(name.split(":")[0].endswith(("attn.o", "mlp.down")) for name in proposed)
+    before = run.model.state_dict()["h.1.mlp.down.weight"].clone()
+    text = command("--out", run.folder, "--edit", proposed[0], "--to", "def", "--alpha", "2.5")
+    written = json.loads((run.folder / "edit.json").read_text())
+    assert [x["alpha"] for x in written["effects"][proposed[0]]] == [0.5, 1, 2, 2.5, 3, 5]
+    control = [name for name in written["effects"] if name != proposed[0]]
+    assert len(control) == 1 and control[0].split(":")[0] == proposed[0].split(":")[0]
+    assert all(f"{x['after']:8.5f}" in text for effects in written["effects"].values() for x in effects)
+    assert 1 <= text.count("    before: ") == text.count("    after: ") <= 5
+    assert run.model.state_dict()["h.1.mlp.down.weight"].equal(before)
 
 
 def test_an_edit_writes_the_tokens_direction_and_is_taken_back_even_after_an_error(run):
@@ -285,7 +355,7 @@ def test_the_effect_of_an_edit_is_measured_where_it_fires_near_and_elsewhere(run
     batch = gpt.validation_batches(run.ids, run.preset, "cpu")[0]
     fires = torch.zeros_like(batch, dtype=torch.bool)
     fires[1, 3] = fires[2, 15] = True
-    found = gpt.effect(run, path, c, token, 4.0, [batch], [fires], 1.0)
+    found = gpt.effect(run, path, c, token, 4.0, [batch], [fires])
     with torch.no_grad():
         plain = run.model(batch).double().softmax(-1)
         with gpt.edited(run, path, c, token, 4.0):
@@ -293,7 +363,7 @@ def test_the_effect_of_an_edit_is_measured_where_it_fires_near_and_elsewhere(run
     kl = (plain * (plain / changed).log()).sum(-1)
     assert found["before"] == pytest.approx((plain[1, 3, token] + plain[2, 15, token]).item() / 2, rel=1e-4)
     assert found["after"] == pytest.approx((changed[1, 3, token] + changed[2, 15, token]).item() / 2, rel=1e-4)
-    assert found["kl_near"] == pytest.approx(kl[1:3].mean().item(), rel=1e-3, abs=1e-7)  # 16 positions: all are within 20
+    assert found["kl_near"] == pytest.approx(kl[1:3].mean().item(), rel=1e-3, abs=1e-7)  # 16 positions: all near
     assert found["kl_elsewhere"] == pytest.approx(kl[[0, 3]].mean().item(), rel=1e-3, abs=1e-7)
 
 
@@ -301,14 +371,14 @@ def test_clearness_is_the_share_of_the_three_commonest_tokens_beyond_chance():
     ids = torch.arange(100).repeat(4, 1)  # every token equally often
     fires = torch.zeros(4, 100, dtype=torch.bool)
     fires[:, [10, 11]] = True  # 8 times, on two tokens
-    score, by, tokens = gpt.clearness(ids, fires, 100)
+    score, by, tokens = gpt.clearness(gpt.neighbourhood(ids, 100), fires)
     assert score == pytest.approx((1 - 0.02) * 8 / 28)
     assert by == "this token" and sorted(tokens) == [(10, 0.5), (11, 0.5)]
     fires = torch.zeros(4, 100, dtype=torch.bool)
     fires[torch.arange(4), [5, 20, 50, 80]] = True
     ids = torch.randperm(400, generator=torch.Generator().manual_seed(0)).view(4, 100) % 100
     ids[torch.arange(4), torch.tensor([5, 20, 50, 80]) - 1] = 42  # whatever the token, the one before is 42
-    assert gpt.clearness(ids, fires, 100)[1:] == ("the token before", [(42, 1.0)])
+    assert gpt.clearness(gpt.neighbourhood(ids, 100), fires)[1:] == ("the token before", [(42, 1.0)])
 
 
 def test_the_page_holds_every_part_that_fires_and_no_token_breaks_it(run):
@@ -327,7 +397,20 @@ def test_the_page_holds_every_part_that_fires_and_no_token_breaks_it(run):
             assert len(tokens) == len(importance) == len(activation) and max(importance) >= 1
             text = "".join(data["vocabulary"][i] for i in tokens)
             assert text.isascii() and text in TEXT  # a real passage
-    assert len(page) < 10_000_000 and "http" not in page
+    assert len(page) < 10_000_000 and "http" not in page and "left out" not in page + text
+
+
+def test_a_page_with_too_many_parts_keeps_the_clearest_and_says_how_many_it_leaves_out(run, monkeypatch):
+    everything = {(part["matrix"], part["c"]): part["clearness"] for part in gpt.describe_all(run, *gpt.observe(run))}
+    monkeypatch.setattr(gpt, "KEPT", 2)
+    text, page = gpt.report(run), (run.folder / "report.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    kept = {(part["matrix"], part["c"]) for part in data["parts"]}
+    for path in run.decomposition.U:
+        scores = sorted((score for (matrix, _), score in everything.items() if matrix == path), reverse=True)
+        assert sorted((everything[part] for part in kept if part[0] == path), reverse=True) == scores[:2]
+    said = f"{len(everything) - len(kept)} of {len(everything)} are left out"
+    assert len(kept) < len(everything) and said in text and said in page
 
 
 def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
@@ -342,27 +425,25 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
     assert len(active) == found["prunings"]["not pruned"]["nodes"]
 
 
-def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_compared(run, tmp_path, monkeypatch, capsys):
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *map(str, arguments)])
-        gpt.main()
-
+def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_compared(run, tmp_path, command):
     command("--init-from", run.folder, "--C", "0.5", "--steps", "3", "--seed", "1", "--out", tmp_path / "half")
-    target, same = (torch.load(folder / "target.pt", weights_only=True)["model"] for folder in (run.folder, tmp_path / "half"))
+    folders = (run.folder, tmp_path / "half")
+    target, same = (torch.load(folder / "target.pt", weights_only=True)["model"] for folder in folders)
     assert all(x.equal(same[name]) for name, x in target.items())
     metrics = json.loads((tmp_path / "half" / "metrics.json").read_text())
     assert all(matrix["C"] == 3 for matrix in metrics["matrices"].values()) and metrics["data"].endswith("text.txt")
     made = json.loads((tmp_path / "half" / "decomposition" / "run.json").read_text())
     assert made["config"]["steps"] == 3 and made["config"]["seed"] == 1
-    assert made["target model"] == json.loads((run.folder / "decomposition" / "run.json").read_text())["target model"]
+    original = json.loads((run.folder / "decomposition" / "run.json").read_text())
+    assert made["target model"] == original["target model"]
 
     command("--out", run.folder, "--compare", run.folder)
     found = json.loads((run.folder / "compare.json").read_text())
     assert all(x == pytest.approx(1) for kind in ("trained", "untrained") for x in found[kind]["all"].values())
-    command("--out", run.folder, "--compare", tmp_path / "half")
+    printed = command("--out", run.folder, "--compare", tmp_path / "half")
     found = json.loads((run.folder / "compare.json").read_text())
     assert 0 < found["untrained"]["all"]["product"] < 0.9
-    (*_, row) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("all "))
+    (row,) = (line.split() for line in printed.splitlines() if line.startswith("all "))
     shown = [found[kind]["all"][part] for kind in ("untrained", "trained") for part in ("U", "V", "product")]
     assert [float(x) for x in row[1:]] == pytest.approx(shown, abs=0.0051)
 
@@ -370,8 +451,9 @@ def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_co
         command("--init-from", run.folder, "--preset", "laptop", "--out", tmp_path / "new")
     with pytest.raises(SystemExit, match="no run with a finished target"):
         command("--init-from", tmp_path, "--out", tmp_path / "new")
-    with pytest.raises(SystemExit, match="C .a factor. above 0"):
-        command("--C", "0", "--out", tmp_path / "new")
+    for setting, value in (("--C", "0"), ("--steps", "0"), ("--seed", "-1")):
+        with pytest.raises(SystemExit, match=f"{setting} is {value}"):
+            command(setting, value, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     other = torch.load(tmp_path / "half" / "target.pt", weights_only=True)
     other["model"]["tokens.weight"] += 1
@@ -380,12 +462,11 @@ def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_co
         command("--out", run.folder, "--compare", tmp_path / "half")
 
 
-def test_a_damaged_target_is_refused_in_one_line(run, tmp_path, monkeypatch):
+def test_a_damaged_target_is_refused_in_one_line(run, tmp_path, command):
     shutil.copytree(run.folder, tmp_path / "run")
     (tmp_path / "run" / "target.pt").write_bytes(b"cut")
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--out", str(tmp_path / "run"), "--report"])
     with pytest.raises(SystemExit, match="target.pt is damaged"):
-        gpt.main()
+        command("--out", tmp_path / "run", "--report")
 
 
 @pytest.mark.parametrize(
@@ -397,17 +478,17 @@ def test_a_damaged_target_is_refused_in_one_line(run, tmp_path, monkeypatch):
         (["--attention", "2"], "the model has layers 0 to 1"),
         (["--attention", "1", "--prompt", "\n"], "attention needs two"),
         (["--report", "--device", "warp"], "there is no device 'warp'"),
-        (["--report", "--seed", "-1"], "the seed is -1"),
-        (["--edit", "h.1.mlp.dow:1", "--to", "x"], "the nearest that can be edited: h.1.mlp.down"),
-        (["--edit", "h.1.mlp.up:1", "--to", "x"], "does not write to the residual stream"),
+        (["--report", "--seed", "5"], "made with another --seed"),
+        (["--report", "--attention", "1"], "ask for one of them at a time"),
+        (["--edit", "h.1.mlp.dow:1", "--to", "x"], "the nearest: h.1.mlp.down"),
+        (["--edit", "h.1.mlp.up:1", "--to", "x"], "writes to the residual stream"),
         (["--edit", "h.1.mlp.down:77", "--to", "x"], "is no alive subcomponent"),
         (["--edit", "h.1.mlp.down:1"], "needs --to TOKEN"),
         (["--compare", "nowhere"], "nowhere holds no finished decomposition"),
         (["--report", "--out", "nowhere"], "holds no finished decomposition"),
     ],
 )
-def test_bad_questions_end_in_one_line(run, arguments, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--out", str(run.folder), *arguments])
+def test_bad_questions_end_in_one_line(run, arguments, message, command):
     with pytest.raises(SystemExit, match=message) as stopped:
-        gpt.main()
+        command("--out", run.folder, *arguments)
     assert stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code

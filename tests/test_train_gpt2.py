@@ -4,13 +4,11 @@ import collections
 import dataclasses
 import json
 import math
-import re
 import sys
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt2 as gpt
 import vpd
@@ -21,7 +19,8 @@ TEXT = "def first(self, x):\n    return self.first(x) + 12\n\n\nclass Näme:\n\t
 def checkpoint(layers=2, width=128, context=10, vocabulary=11):
     """A random GPT-2 checkpoint in Hugging Face's layout."""
     torch.manual_seed(0)
-    shapes = {"wte.weight": (vocabulary, width), "wpe.weight": (context, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
+    shapes = {"wte.weight": (vocabulary, width), "wpe.weight": (context, width)}
+    shapes |= {"ln_f.weight": (width,), "ln_f.bias": (width,)}
     for i in range(layers):
         for name, d_in, d_out in (
             ("attn.c_attn", width, 3 * width),
@@ -72,21 +71,28 @@ def test_a_hugging_face_checkpoint_gives_the_logits_of_gpt2_computed_by_hand(pre
     torch.testing.assert_close(model(torch.tensor([ids]))[0], expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "untied"])
 def test_a_checkpoint_that_is_not_gpt2_is_refused_by_the_name_of_its_tensor(change, tmp_path):
     state, name = checkpoint(layers=1), "h.0.mlp.c_fc.weight"
     if change == "missing":
         del state[name]
     elif change == "extra":
         state[name := "h.0.mlp.gate.weight"] = torch.zeros(2)
+    elif change == "untied":  # dropped, it would give other logits than the checkpoint's
+        state[name := "lm_head.weight"] = state["wte.weight"] + 1
     else:
         state[name] = state[name].T
     torch.save(state, tmp_path / "model.bin")
-    with pytest.raises(vpd.BadInput, match=name):
+    with pytest.raises(vpd.BadInput, match=name) as refused:
         gpt.load_gpt2(tmp_path / "model.bin")
+    assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\r\n\t x", "naïve 字 \U0001f600 e\u0301", "a\x00b", "____init____(self)", "٣٤ x²", "\n\n\n    \n"])
+HARD_TEXTS = ["", " ", "\r\n\t x", "naïve 字 \U0001f600 e\u0301", "a\x00b", "____init____(self)", "٣٤ x²"]
+HARD_TEXTS += ["\n\n\n    \n"]
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
 def test_the_tokenizer_loses_nothing(text):
     tokenizer = gpt.Tokenizer.learn(TEXT, 300)
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -100,7 +106,8 @@ def test_the_tokenizer_learns_the_merges_of_byte_pair_encoding_done_from_scratch
         overlapping = count[pair] / max(count.values())  # "aaa" counts the pair twice, in both ways of counting
         assert overlapping == 1.0
         words = [gpt.merge(word, pair, 256 + i) for word in words]
-    assert [t for word in words for t in word] == tokenizer.encode(TEXT).tolist()  # and encoding applies them in that order
+    # and encoding applies them in that order
+    assert [t for word in words for t in word] == tokenizer.encode(TEXT).tolist()
 
 
 def test_validation_windows_never_overlap_training_windows_and_lie_all_over_the_corpus():
@@ -126,7 +133,7 @@ BAD = {
     "no such file": ("missing.txt", None, "cannot be read"),
     "empty": ("empty.txt", b"", "is empty"),
     "too short": ("short.txt", b"hello world", "at least 640"),
-    "not UTF-8": ("latin.txt", b"na\xefve text" * 1000, "not UTF-8"),
+    "not UTF-8": ("latin.txt", b"na\xefve text" * 1000, "utf-8"),
     "odd length": ("odd.bin", b"abc", "two bytes each"),
     "an id outside": ("big.bin", np.array([5, 60_000] * 900, np.uint16).tobytes(), "token id 60000"),
 }
@@ -146,7 +153,22 @@ def test_bad_data_ends_in_one_line_and_leaves_no_folder(case, tmp_path, monkeypa
 
 def small_preset():
     config = vpd.Config(steps=6, warmup_steps=5, G_type="transformer", G_width=32, G_blocks=1, G_heads=2)
-    return gpt.Preset(gpt.Shape(2, 16, 2, 8, 270), 4, 30, 3e-3, {"attn.q": 4, "attn.o": 4, "mlp.up": 6, "mlp.down": 6}, config)
+    C = {"attn.q": 4, "attn.o": 4, "mlp.up": 6, "mlp.down": 6}
+    return gpt.Preset(gpt.Shape(2, 16, 2, 8, 270), 4, 30, 3e-3, C, config)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs the command line in this process, with the small preset as `laptop` and a text in text.txt."""
+    monkeypatch.setitem(gpt.PRESETS, "laptop", small_preset())
+    monkeypatch.setattr(gpt, "EVALUATED", 64)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--device", "cpu", *map(str, arguments)])
+        gpt.main()
+
+    return run
 
 
 def test_a_target_interrupted_while_training_ends_bit_identical_to_one_that_was_not(tmp_path, monkeypatch):
@@ -184,13 +206,13 @@ def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monk
     monkeypatch.setattr(gpt, "EVALUATED", 64)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     settings = {"preset": "laptop", "data": str(tmp_path / "text.txt"), "init_from": "", "seed": 0, "steps": 0, "C": 1}
-    metrics = gpt.evaluation(gpt.target_and_decomposition(settings, tmp_path, "cpu"), settings)
+    metrics = gpt.evaluate(gpt.open_run(settings, tmp_path, "cpu"))
     assert metrics["target"]["curve"][-1][1] < metrics["target"]["curve"][0][1]  # it learned
     assert metrics["total"]["C"] == 2 * 20 and set(metrics["matrices"]) >= {"h.0.attn.q", "h.1.mlp.down"}
     assert json.loads((tmp_path / "metrics.json").read_text())["kl"] == metrics["kl"]
 
-    # independently: the cross-entropy of the target, and above it of the model whose weights are the sums of subcomponents
-    ids, _ = gpt.corpus(str(tmp_path / "text.txt"), small, tmp_path)
+    # independently: the cross-entropy of the target, and above it of the model with sums of subcomponents as weights
+    ids, _ = gpt.corpus(str(tmp_path / "text.txt"), small, [tmp_path])
     model = gpt.GPT(small.shape)
     model.load_state_dict(torch.load(tmp_path / "target.pt", weights_only=True)["model"])
     batches = gpt.validation_batches(ids, small, "cpu")
@@ -206,21 +228,8 @@ def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monk
 
     monkeypatch.setattr(gpt, "train_target", never)
     monkeypatch.setattr(vpd, "training_step", never)
-    again = gpt.evaluation(gpt.target_and_decomposition(settings, tmp_path, "cpu"), settings)
+    again = gpt.evaluate(gpt.open_run(settings, tmp_path, "cpu"))
     assert again["kl"] == metrics["kl"]
-
-
-def test_operations_agree_with_those_that_torch_counts():
-    preset = dataclasses.replace(small_preset(), batch=64)
-    config = dataclasses.replace(preset.config, G_width=64)
-    model = gpt.GPT(preset.shape).eval()
-    C = {f"h.{i}.{kind}": 40 for i in range(2) for kind in ("attn.q", "mlp.up", "mlp.down")}
-    batch = torch.randint(270, (64, 8))
-    training = vpd.start(model, C, vpd.check(model, C, batch, config), config)
-    with FlopCounterMode(display=False) as counter:
-        vpd.training_step(model, batch, vpd.kl, training, config)
-    # torch counts the little attention scores and Delta too, and no backward pass below the lowest masked matrix
-    assert gpt.operations(model, C, config) * 64 * 8 == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
 def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parameters_in_float32():
@@ -238,23 +247,95 @@ def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parame
     assert found[True]["delta_l2"] == found[False]["delta_l2"]  # never in bfloat16
     assert found[True]["stochastic"] != found[False]["stochastic"]  # the forward passes are
     assert found[True] == pytest.approx(found[False], rel=0.1)
+    with torch.no_grad(), vpd.precision("cpu", True):
+        logits = model(batch)
+    assert logits.dtype == torch.float32 and not logits.equal(model(batch))  # the products are, the logits are not
 
 
-def test_a_gpu_preset_without_a_gpu_warns_with_the_time_it_would_take_and_runs(tmp_path, monkeypatch, capsys):
+def test_a_gpu_preset_without_a_gpu_warns_in_one_line_and_runs(command, tmp_path, monkeypatch, capsys):
     small = small_preset()
-    monkeypatch.setitem(gpt.PRESETS, "gpu", dataclasses.replace(small, config=dataclasses.replace(small.config, bf16=True)))
-    monkeypatch.setattr(gpt, "EVALUATED", 64)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    command = ["train_gpt2.py", "--preset", "gpu", "--device", "cpu", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", command)
-    gpt.main()
-    assert re.search(r"warning: the preset gpu is for GPUs; here its decomposition takes over \d+ hours", capsys.readouterr().err)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["speed"]["tokens_per_second"] > 0
+    small = dataclasses.replace(small, config=dataclasses.replace(small.config, bf16=True))
+    monkeypatch.setitem(gpt.PRESETS, "gpu", small)
+    command("--preset", "gpu", "--data", tmp_path / "text.txt", "--out", tmp_path / "run")
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert "the preset gpu is for GPUs; on cpu it takes very long" in warning
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["speed"]["tokens_per_second"] * metrics["speed"]["seconds_per_step"] == pytest.approx(4 * 8)
+
+
+def test_the_preset_is_laptop_by_default_also_on_a_machine_with_a_gpu(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="runs/laptop holds no finished decomposition"):
+        command("--report")
+
+
+def results(folder):
+    """What a run computed, without how long it took."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    log = [json.loads(line) for line in (folder / "decomposition" / "log.jsonl").read_text().splitlines()]
+    for x in (metrics, *log):
+        [x.pop(key, None) for key in ("seconds", "speed")]
+    return metrics, log, torch.load(folder / "decomposition" / "checkpoint.pt", weights_only=True)["U"]
+
+
+def test_a_run_killed_in_either_stage_goes_on_with_resume_and_ends_the_same(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt, "CHECKPOINT_SECONDS", -1)  # after every step
+    settings = ("--data", tmp_path / "text.txt", "--seed", "3", "--C", "0.5")
+    command(*settings, "--out", tmp_path / "whole")
+
+    def dies(module, name, after):
+        function, calls = getattr(module, name), iter(range(10_000))
+
+        def mortal(*arguments, **options):
+            if next(calls) == after:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return module, name, mortal
+
+    deaths = [dies(np, "save", 0), dies(gpt, "sample", 20), dies(vpd, "training_step", 3), dies(vpd, "evaluate", 0)]
+    for number, death in enumerate(deaths):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*death)
+            command("--out", tmp_path / "killed", *(("--resume",) if number else settings))
+    with pytest.raises(SystemExit, match="made with another --seed, --C: leave it out"):
+        command("--out", tmp_path / "killed", "--resume", "--seed", "4", "--C", "2", "--preset", "laptop")
+    with pytest.raises(SystemExit, match="made with another --data"):
+        command("--out", tmp_path / "killed", "--resume", "--data", "other.txt")
+    command("--out", tmp_path / "killed", "--resume", "--seed", "3")  # its own setting
+    (metrics, log, U), (whole_metrics, whole_log, whole_U) = results(tmp_path / "killed"), results(tmp_path / "whole")
+    assert metrics == whole_metrics and log == whole_log and all(x.equal(whole_U[path]) for path, x in U.items())
+    with pytest.raises(SystemExit, match="made with another --steps"):
+        command("--out", tmp_path / "whole", "--report", "--steps", "7")
+
+
+def test_an_imported_gpt2_is_decomposed_by_command_and_read_after_its_file_is_gone(command, tmp_path):
+    file, data, out = tmp_path / "pytorch_model.bin", tmp_path / "ids.bin", tmp_path / "run"
+    state = checkpoint(layers=1, vocabulary=270)
+    np.random.default_rng(0).integers(0, 270, 4000).astype(np.uint16).tofile(data)
+    torch.save(state | {"lm_head.weight": state["wte.weight"] + 1}, file)
+    with pytest.raises(SystemExit, match="lm_head.weight is not wte.weight"):
+        command("--init-from", file, "--data", data, "--out", out)
+    torch.save(state, file)
+    with pytest.raises(SystemExit, match="needs --data FILE.bin"):
+        command("--init-from", file, "--out", out)
+    assert not out.exists()
+    command("--init-from", file, "--data", data, "--out", out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["total"]["C"] == 20 and "compute_recovered" not in metrics  # one layer; no curve of its training
+    original = gpt.load_gpt2(file)
+    file.unlink()
+    command("--out", out, "--report")
+    assert '"vocabulary":[" 0"," 1",' in (out / "report.html").read_text()  # without a tokenizer: token ids
+    opened = gpt.open_run(json.loads((out / "settings.json").read_text()), out, "cpu")
+    ids = torch.randint(270, (2, 8))
+    assert opened.model(ids).equal(original(ids))
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vpd, "processes", lambda: 3)
     settings = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "C": 1}
     with pytest.raises(vpd.BadInput, match="batch of 8 does not divide over 3 processes"):
-        gpt.target_and_decomposition(settings, tmp_path / "run", "cpu")
+        gpt.open_run(settings, tmp_path / "run", "cpu")
     assert not (tmp_path / "run").exists()
