@@ -203,12 +203,12 @@ def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tu
     if path.exists():
         try:
             saved = torch.load(path, map_location=device, weights_only=True)
-            found = saved["wanted"]
-            model.load_state_dict(saved["model"]) if found == wanted else None
+            held = saved["wanted"]
+            model.load_state_dict(saved["model"]) if held == wanted else None
         except Exception as error:
             raise vpd.BadInput(f"{path} is damaged or no toy model: delete it, or choose another --out") from error
-        held = f"{found['toy']['name']} of seed {found['seed']}"
-        vpd.refuse(found != wanted, f"{out} holds {held}: choose another --out, or delete it")
+        other = f"{held['toy']['name']} of seed {held['seed']}"
+        vpd.refuse(held != wanted, f"{out} holds {other}: choose another --out, or delete it")
         return model.to(device).eval(), saved["seconds"]
     vpd.refuse((out / "run.json").exists(), f"{out} holds another run: choose another --out, or delete it")
     began = time.monotonic()

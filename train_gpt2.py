@@ -931,7 +931,7 @@ def attention(run: Run, layer: int, prompt: str) -> str:
         for axis, (title, matrix) in zip(axes, panels):
             high = matrix.abs().max().item()  # a pair is too faint to be seen on the scale of all
             style = {"vmin": 0, "vmax": 1} if title == "attention" else {"vmin": -high, "vmax": high, "cmap": "RdBu_r"}
-            axis.imshow(matrix.cpu(), interpolation="nearest", **style)
+            axis.imshow(matrix.cpu().numpy(), interpolation="nearest", **style)
             axis.set(title=f"head {h}: {title}, to {style['vmax']:.2g}", xticks=[], yticks=[])
         axes[0].set_yticks(range(ids.shape[1]), [shown(run, i) for i in ids[0].tolist()], fontsize=7, parse_math=False)
     figure.suptitle(f"layer {layer}: from each position (down) to those up to it (across); red raises, blue lowers")
