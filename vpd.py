@@ -266,8 +266,8 @@ def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Diverge
     return divergence(target, masked_forward(model, U, V, route(make_masks(g, sources), generator), batch))
 
 def adversarial_reconstruction(model, U, V, g, batch, target, divergence: Divergence, sources) -> Tensor:
-    """Loss 2. The divergence from the target for the adversary's sources (section 5); scalar. All matrices are masked,
-    as in [VPD]'s configuration; a sentence of its appendix says subset routing here, too."""
+    """Loss 2. The divergence from the target for the adversary's sources (section 5); scalar. ours: all matrices are
+    masked, as [VPD]'s configuration has it; a sentence of its appendix says subset routing here, too."""
     return divergence(target, masked_forward(model, U, V, make_masks(g, sources), batch))
 
 def usage(z: dict[str, Tensor], p: float) -> tuple[Tensor, int]:
