@@ -30,9 +30,9 @@ Read from top to bottom. A learner can stop at the end of section 9:
     4  The five losses                                         9  Reading: attribution graphs, pruning, similarity
     5  The adversary                                          10  Running it: processes, checks, checkpoints, pictures
 
-Shapes: B = batch, T = positions in a sequence (models without sequences have none), C = subcomponents of a matrix,
-L = number of decomposed matrices. "..." stands for all positions: (B,) or (B, T). The key of every dict is the path of
-a matrix in the model, as in `model.get_submodule(path)`.
+Shapes: B = batch, T = length of a sequence, C = subcomponents of a matrix, L = number of decomposed matrices. "..."
+stands for all positions: (B, T), or (B,) for inputs without a sequence, where each is one position. K = sum of C + 1
+over all matrices (section 2). The key of every dict is the path of a matrix, as in `model.get_submodule(path)`.
 
 The method is that of "Interpreting Language Model Parameters" (Bushnaq et al., 2026), cited as [VPD]. It builds on
 "Stochastic Parameter Decomposition" (arXiv 2506.20790), cited as [SPD]. The tag `ours:` marks what departs from them.
@@ -68,7 +68,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]  # (target output, masked output
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, paths, hook: Callable):
-    """Within, hook(path, module, args, output) follows each path's forward pass. No hook stays, whatever happens."""
+    """Inside, hook(path, module, args, output) runs after each path's module. No hook stays, whatever happens."""
     with contextlib.ExitStack() as handles:
         for path in paths:
             handles.enter_context(model.get_submodule(path).register_forward_hook(functools.partial(hook, path)))
@@ -99,8 +99,8 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
 
         W'(m) x = m_Delta W x + sum_c (m_c - m_Delta) U_c V_c^T x
 
-    A mask of ones gives exactly the target: that is how a position is left out of the decomposition. The model's
-    parameters are not touched; the masks live only in the hooks of this one call."""
+    A mask of ones gives exactly the target (in float32): that is how a position is left out of the decomposition. The
+    model's parameters are not touched; the masks live only in the hooks of this one call."""
 
     def replace(path, module, args, output):
         return masked_linear(module, args[0], output, U[path], V[path], masks[path])
@@ -121,6 +121,7 @@ def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Te
 # two of them, because two forces act on g, and each has to reach a score that has left [0, 1]:
 #   lower_leaky  is used in the masks. Reconstruction raises g: its gradient leaks through where z < 0.
 #   upper_leaky  is used in the minimality losses. They lower g: their gradient leaks through where z > 1.
+# "g" is lower_leaky(z), but in losses 3 and 4, where it is upper_leaky(z) and can exceed 1.
 
 class _LowerLeaky(torch.autograd.Function):
     @staticmethod
@@ -131,8 +132,8 @@ class _LowerLeaky(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
-        revive = torch.where(grad < 0, 0.01 * grad, 0.0)  # descent would raise g: let a hundredth through
-        return torch.where(z <= 0, revive, torch.where(z <= 1, grad, 0.0))
+        revive = 0.01 * grad.clamp(max=0)  # where descent would raise g: let a hundredth through
+        return torch.where(z > 0, grad, revive).masked_fill_(z > 1, 0.0)
 
 def lower_leaky(z: Tensor) -> Tensor:
     """The hard sigmoid for masks: clamp(z, 0, 1), any shape ([VPD] section 2; [SPD] appendix).
@@ -146,28 +147,43 @@ def upper_leaky(z: Tensor) -> Tensor:
     """The hard sigmoid for the minimality losses: clamp(z, 0, 1), but with slope 0.01 above 1, any shape."""
     return z.clamp(0, 1) + 0.01 * (z - 1).clamp(min=0)
 
-def causal_importances(z: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores (..., C) to causal importances g (..., C + 1) in [0, 1]. The last column is Delta's: 0, by definition."""
-    return {path: F.pad(lower_leaky(score), (0, 1)) for path, score in z.items()}
+# Scores, importances, sources and masks of all matrices stand side by side in one tensor: every operation on them is
+# done once, and not once per matrix. Scores have sum C columns. The others have K = sum (C + 1) columns: those of each
+# matrix, with Delta's after them.
 
-def make_masks(g: dict[str, Tensor], sources: dict[str, Tensor]) -> dict[str, Tensor]:
-    """m = g + (1 - g) r ([VPD] section 2), all (..., C + 1); the sources r in [0, 1] are random, or an adversary's."""
-    return {path: g[path] + (1 - g[path]) * sources[path] for path in g}
+def by_path(x: Tensor, U: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(..., K) as {path: (..., C + 1)}; no numbers are copied."""
+    return dict(zip(U, x.split([len(u) + 1 for u in U.values()], -1)))
 
-def route(masks: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def side_by_side(tensors: dict[str, Tensor]) -> Tensor:
+    """{path: (..., C + 1)} as (..., K)."""
+    return torch.cat(list(tensors.values()), -1)
+
+def causal_importances(z: Tensor, U: dict[str, Tensor]) -> Tensor:
+    """Scores (..., sum C) to causal importances g (..., K) in [0, 1]. Those of Delta are 0, by definition."""
+    columns, delta = lower_leaky(z).split([len(u) for u in U.values()], -1), z.new_zeros(*z.shape[:-1], 1)
+    return torch.cat([x for of_matrix in columns for x in (of_matrix, delta)], -1)
+
+def make_masks(g: Tensor, sources: Tensor) -> Tensor:
+    """m = g + (1 - g) r ([VPD] section 2), all (..., K); the sources r in [0, 1] are random, or an adversary's."""
+    return torch.lerp(sources, torch.ones_like(sources), g)
+
+def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> None:
     """Subset routing ([VPD] section 4): each position draws k ~ Uniform{1..L}; a random k of L matrices stay masked.
 
-    The others get masks of ones there, which is the target's own weight. So one loss covers all cases between masking
-    all matrices at once (do errors add up?) and one alone (is each of them right by itself?)."""
-    L, positions, device = len(masks), next(iter(masks.values())).shape[:-1], generator.device
+    The sources (..., K) of the others become 1, in place: so do their masks, which gives the target's own weight. So
+    one loss covers all cases between masking all matrices at once (do errors add up?) and one alone (is each of them
+    right by itself?)."""
+    L, positions, device = len(U), sources.shape[:-1], generator.device
     order = torch.rand(*positions, L, generator=generator, device=device).argsort(-1)  # (..., L), a random permutation
     k = torch.randint(1, L + 1, (*positions, 1), generator=generator, device=device)  # (..., 1)
-    return {path: torch.where((order < k)[..., l, None], m, 1.0) for l, (path, m) in enumerate(masks.items())}
+    for of_matrix, left_out in zip(by_path(sources, U).values(), (order >= k).split(1, -1)):
+        of_matrix.masked_fill_(left_out, 1.0)
 
 # ---- 3  Causal importance functions: who predicts the scores --------------------------------------------------------
 # Both turn the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, into raw scores
-# {path: (..., C)}. `Config.G_type` says which is used. They are made and called alike, so each gets something that it
-# does not use: the MLPs the settings, the transformer U and V.
+# (..., sum C). `Config.G_type` says which is used. Both are made from shapes = {path: (d_in, C)} and the settings, and
+# called with the inputs, U and V: the MLPs do not use the settings, the transformer does not use U and V.
 
 class ImportanceMLPs(nn.Module):
     """One tiny MLP (16 GELUs) per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
@@ -187,15 +203,15 @@ class ImportanceMLPs(nn.Module):
         self.w_out = nn.Parameter(torch.randn(C, hidden, 1) / hidden**0.5)
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
 
-    def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> dict[str, Tensor]:
-        # ||U_c|| is detached: it only sets the scale, and no loss shall resize what a subcomponent writes to move its
-        # score. V_c is not: it is what the score detects. (Measured on two toys, either choice changes little.)
+    def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
+        # ||U_c|| is detached: it sets the scale, and no loss shall move a score by resizing what is written. V_c is not
+        # detached: it is what the score detects. (Measured on two toys, either choice changes little.)
         norms = {path: U[path].detach().norm(dim=-1) for path in inputs}  # (C,)
         a = torch.cat([x @ V[path] * norms[path] for path, x in inputs.items()], -1)  # (..., sum C)
         a_by_c = a.reshape(-1, a.shape[-1]).T[..., None]  # (sum C, positions, 1)
         h = F.gelu(torch.baddbmm(self.b_in, a_by_c, self.w_in.abs()))  # (sum C, positions, 16)
         z = torch.baddbmm(self.b_out, h, self.w_out.abs()).squeeze(-1).T.reshape(a.shape)  # (..., sum C)
-        return dict(zip(inputs, z.float().split(self.sizes, -1)))
+        return z.float()
 
 def rotate(x: Tensor) -> Tensor:
     """Rotary position embedding (RoPE, arXiv 2104.09864), base 10,000. x: (B, heads, T, d), d even; same shape out."""
@@ -220,7 +236,7 @@ class ImportanceBlock(nn.Module):
         B, T, width = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(B, T, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, width / heads)
-        # No causal mask: whether a weight matters here may depend on what later positions do with it.
+        # Attention sees later positions, too: whether a weight matters here may depend on what they do with it.
         y = F.scaled_dot_product_attention(rotate(q), rotate(k), v)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, width))
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
@@ -237,12 +253,11 @@ class ImportanceTransformer(nn.Module):
         self.read_out = nn.Linear(width, sum(self.sizes))
         nn.init.constant_(self.read_out.bias, 0.5)  # every subcomponent starts half important
 
-    def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
         x = torch.cat([F.rms_norm(x, x.shape[-1:]) for x in inputs.values()], -1)  # (B, T, sum d_in)
-        # Under autocast a matrix product is bfloat16. float() keeps the residual stream and the scores in float32: of
-        # 8 bits, g and 1 - g would not add up to 1.
-        z = self.read_out(self.blocks(self.project(x).float())).float()  # (B, T, sum C)
-        return dict(zip(inputs, z.split(self.sizes, -1)))
+        x = self.blocks(self.project(x).float())  # under autocast a product is bfloat16, the residual stream float32
+        with torch.autocast(x.device.type, enabled=False):  # 8 bits would be too few for g + (1 - g) = 1
+            return self.read_out(x)  # (B, T, sum C)
 
 def importance_function(V: dict[str, Tensor], config: Config) -> nn.Module:
     """A new causal importance function for matrices with the read directions V {path: (d_in, C)}."""
@@ -262,26 +277,30 @@ def kl(target: Tensor, output: Tensor) -> Tensor:
 
 def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Divergence, generator) -> Tensor:
     """Loss 1. The divergence from the target for sources ~ U(0, 1) under subset routing: one sample; scalar."""
-    sources = {path: torch.rand(x.shape, generator=generator, device=x.device) for path, x in g.items()}
-    return divergence(target, masked_forward(model, U, V, route(make_masks(g, sources), generator), batch))
+    sources = torch.rand(g.shape, generator=generator, device=g.device)
+    route(sources, U, generator)
+    return divergence(target, masked_forward(model, U, V, by_path(make_masks(g, sources), U), batch))
 
 def adversarial_reconstruction(model, U, V, g, batch, target, divergence: Divergence, sources) -> Tensor:
     """Loss 2. The divergence from the target for the adversary's sources (section 5); scalar. ours: all matrices are
     masked, as [VPD]'s configuration has it; a sentence of its appendix says subset routing here, too."""
-    return divergence(target, masked_forward(model, U, V, make_masks(g, sources), batch))
+    return divergence(target, masked_forward(model, U, V, by_path(make_masks(g, sources), U), batch))
 
-def usage(z: dict[str, Tensor], p: float) -> tuple[Tensor, int]:
-    """What losses 3 and 4 share: S_c = sum over positions of |g_c|^p, (sum C,), and the number of positions. S is over
-    the GLOBAL batch: of a split batch, add up S and positions of the parts before taking the losses."""
-    g = torch.cat([upper_leaky(score.float()).flatten(0, -2) for score in z.values()], -1)  # (positions, sum C)
-    return (g + 1e-12).pow(p).sum(0), len(g)  # 1e-12: for p < 1 the slope at g = 0 is infinite
+def usage(z: Tensor, p: float) -> tuple[Tensor, int]:
+    """What losses 3 and 4 share: S_c = sum of |g_c|^p over all positions, (sum C,), and their number. Both losses are
+    of the GLOBAL batch: of a split one, add up S and positions first. Where z <= 0, g and its slope are 0: only the
+    other scores, soon a few in a hundred, are raised to the power."""
+    z = z.flatten(0, -2)  # (positions, sum C)
+    position, column = (z > 0).nonzero(as_tuple=True)
+    powers = (upper_leaky(z[position, column]) + 1e-12).pow(p)  # 1e-12: for p < 1 the slope at g = 0 is infinite
+    return z.new_zeros(z.shape[1]).index_add(0, column, powers), len(z)
 
 def importance_minimality(S: Tensor, positions: int) -> Tensor:
     """Loss 3. sum_c S_c / positions: few subcomponents shall matter on any one input; scalar."""
     return S.sum() / positions
 
 def frequency_minimality(S: Tensor, positions: int) -> Tensor:
-    """Loss 4. sum_c S_c log2(1 + S_c) / positions: one for two jobs costs more than two for one job each; scalar."""
+    """Loss 4. sum_c S_c log2(1 + S_c) / positions: two jobs for one subcomponent cost more than one for each of two; scalar."""
     return (S * torch.log2(1 + S)).sum() / positions
 
 def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
@@ -291,43 +310,42 @@ def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
     return sum(squares) / sum(W.numel() for W in weights.values())
 
 # ---- 5  The adversary -----------------------------------------------------------------------------------------------
-# Random sources rarely find the worst ablation; to search for it anew at every step would be too slow. So one tensor of
-# sources persists over the whole training, with an entry for each mask at each place in the batch, and every step moves
-# it a little uphill on the reconstruction loss. The data at a place changes from step to step, so such an adversary
-# becomes good at what hurts on many inputs. It takes four times the memory of g (value, gradient, two moments).
+# Random sources rarely find the worst ablation; to search for it anew at every step would be too slow. So the sources,
+# one for each mask at each place in the batch, persist over the whole training, and every step moves them a little
+# uphill on the reconstruction loss. The data at a place changes from step to step, so such an adversary becomes good at
+# what hurts on many inputs. It takes four times the memory of g (value, gradient, two moments).
 
-def start_adversary(shapes: dict[str, tuple], device, config: Config) -> tuple[dict[str, Tensor], torch.optim.Adam]:
-    """Sources ~ U(0, 1) of the given shapes {path: (..., C + 1)}, and the optimizer that moves them uphill."""
-    sources = {path: torch.rand(shape).to(device).requires_grad_() for path, shape in shapes.items()}
+def start_adversary(sources: Tensor, config: Config) -> torch.optim.Adam:
+    """The optimizer that moves the sources (..., K) uphill."""
     # ours: eps = 1e-20, not 1e-8: the gradient of one source shrinks with the batch (toys are too small to need it)
-    lr, betas = config.adversary_lr, (0.5, 0.99)
-    return sources, torch.optim.Adam(sources.values(), lr=lr, betas=betas, eps=1e-20, maximize=True)
+    lr, betas, fused = config.adversary_lr, (0.5, 0.99), sources.device.type in ("cpu", "cuda")
+    return torch.optim.Adam([sources.requires_grad_()], lr=lr, betas=betas, eps=1e-20, maximize=True, fused=fused)
 
 @torch.no_grad()
-def ascend(ascent: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
-    """One step of the adversary along the given gradients of its sources, which are then clamped to [0, 1]."""
-    (group,) = ascent.param_groups
-    for source, gradient in zip(group["params"], gradients):
-        source.grad = gradient
+def ascend(ascent: torch.optim.Optimizer, sources: Tensor, gradient: Tensor) -> None:
+    """One step of the adversary along the gradient of its sources, which are then clamped to [0, 1]."""
+    sources.grad = gradient
     ascent.step()
-    for source in group["params"]:
-        source.clamp_(0, 1)
+    sources.clamp_(0, 1)
 
 # ---- 6  Settings, and the training step: the heart ------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model.
+    """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model. The
+    names in other comments are toys of toy_models.py; L0 is the mean number of g > 0 at a position.
 
     On a new model tune in this order: w_importance, lr, adversary_lr, w_frequency, the C given to `decompose`, w_delta.
     The *price* of a subcomponent that is on is w_importance and w_frequency together."""
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
-    lr: float = 3e-3  # [5e-5] AdamW, for U, V and G; on TMS 0.04 / sqrt(features) serves every size
+    lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.04 / sqrt(features) serves every size
+    muon: float = 1.0  # [AdamW] U and V go by Muon, at this many times lr; 0: by AdamW, at lr; ours: MUON_GAIN
+    momentum: float = 0.95  # of Muon; 0.9: L0 94, not 84, and a higher KL
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
-    warmup_steps: int = 400  # [400] of the faithfulness warm-up: Delta-L2 alone, U and V only, lr 1e-3
-    clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together
+    warmup_steps: int = 400  # [400] of the warm-up that makes Delta small: Delta-L2 alone, U and V only, lr 1e-3
+    clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon forgets the norm, and hardly cares
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: it can explode as p falls below 1 (toys: never did)
     # The weights of the five losses. A reconstruction loss with weight 0 is not computed.
     w_stochastic: float = 0.5  # [0.5]
@@ -335,16 +353,17 @@ class Config:
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
     w_delta: float = 0.5  # [1e7] too high: subcomponents do not merge (on tms_5-2, 100 times this left most alive)
-    price_start: float = 1.0  # [1] the price starts so many times higher; ours: resid_mlp1 finds 100 %, else 15 %
+    price_start: float = 1.0  # [1] the price at step 0 is so many times higher, and falls geometrically; ours: without,
+    # resid_mlp1 finds 15 % of its features, and with 120 all
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
-    p_end: float = 0.5  # [0.4]
+    p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
     adversary_lr: float = 0.01  # [0.01] of the ascent on the sources, after a linear warm-up over 2.5 % of the run
     adversary_steps: int = 2  # [2] inner ascent steps; one more comes free with the loss's own gradient
     G_type: str = "mlp"  # [transformer] "mlp" for inputs without a sequence, "transformer" for sequences
     G_width: int = 128  # [2048] the transformer's width: more than the target's residual stream
     G_blocks: int = 2  # [8] the transformer's depth: 0.5 to 2 times the target's
     G_heads: int = 4  # [16] the transformer's attention heads
-    bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs; everything else stays float32
+    bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs
 
 @dataclass
 class Decomposition:
@@ -352,14 +371,14 @@ class Decomposition:
     U: dict[str, Tensor]  # {path: (C, d_out)}
     V: dict[str, Tensor]  # {path: (d_in, C)}
     G: nn.Module  # the causal importance function
-    bf16: bool = False  # the precision that G was trained in, and has to be asked in
+    bf16: bool = False  # the precision that G was trained in, and must be evaluated in
 
 @dataclass
 class Training:
     """Everything that changes while training, and that a checkpoint holds."""
     decomposition: Decomposition
-    optimizer: torch.optim.Optimizer  # of U, V and G
-    sources: dict[str, Tensor]  # the persistent adversary's, {path: (..., C + 1)}
+    optimizers: list[torch.optim.Optimizer]  # of U and V, and of G
+    sources: Tensor  # the persistent adversary's, (..., K)
     ascent: torch.optim.Optimizer  # of the sources, uphill
     data: torch.Generator  # for batches, on the CPU
     noise: torch.Generator  # for stochastic sources and routing, on the model's device
@@ -377,55 +396,59 @@ def precision(device: torch.device | str, bf16: bool):
 def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms.
 
-    Peak memory in bytes: 4 * positions * (13 * sum C + 6 * outputs), with the sources and their moments, beside that of
-    U, V, G and the model. Raises BadInput, with only the sources changed, if a loss or a gradient is not finite."""
-    U, V, G = training.decomposition.U, training.decomposition.V, training.decomposition.G
-    UV, G_parameters, sources = [*U.values(), *V.values()], list(G.parameters()), training.sources
+    Peak memory in bytes: 4 * positions * (16 * sum C + 6 * outputs), with the sources and their moments, beside that of
+    the model and G with their activations; outputs: numbers that the model returns at a position. Raises BadInput if a
+    loss or a gradient is not finite, before U, V and G are changed. `global_sum` and `global_mean` are of section 10:
+    they do nothing where one process trains alone."""
+    U, V, G, sources = training.decomposition.U, training.decomposition.V, training.decomposition.G, training.sources
+    UV, G_parameters = [*U.values(), *V.values()], list(G.parameters())
 
     # Schedules
     elapsed = training.step / config.steps
     cosine = 0.5 * (1 + math.cos(math.pi * elapsed))
-    training.optimizer.param_groups[0]["lr"] = config.lr * (config.lr_final + (1 - config.lr_final) * cosine)
+    for optimizer, lr in zip(training.optimizers, (config.lr * (config.muon or 1), config.lr)):
+        optimizer.param_groups[0]["lr"] = lr * (config.lr_final + (1 - config.lr_final) * cosine)
     training.ascent.param_groups[0]["lr"] = config.adversary_lr * min(1, (training.step + 1) / (0.025 * config.steps))
     p = config.p_start + (config.p_end - config.p_start) * elapsed
-    price = config.price_start ** (1 - elapsed)
+    price_factor = config.price_start ** (1 - elapsed)
 
     with precision(batch.device, config.bf16):
         # The target, and what G thinks is needed of it here
         target, inputs = forward_with_inputs(model, U, batch)
-        z = G(inputs, U, V)  # {path: (..., C)}
-        g = causal_importances(z)  # {path: (..., C + 1)}
+        z = G(inputs, U, V)  # (..., sum C)
+        g = causal_importances(z, U)  # (..., K)
 
         # The adversary's inner ascent: all but the sources is constant, so that no gradient is computed in vain
-        fixed = detached(U), detached(V), detached(g)
+        fixed = detached(U), detached(V), g.detach()
         for _ in range(config.adversary_steps if config.w_adversarial else 0):
             loss = adversarial_reconstruction(model, *fixed, batch, target, divergence, sources)
-            ascend(training.ascent, torch.autograd.grad(loss, list(sources.values())))
+            ascend(training.ascent, sources, *torch.autograd.grad(loss, sources))
 
-        # total = w_stochastic * loss_stochastic + w_adversarial * loss_adversarial
-        #         + price * (w_importance * loss_importance + w_frequency * loss_frequency) + w_delta * loss_delta
-        # The gradient of each reconstruction loss is taken at once, so that only one of their graphs is in memory at a
-        # time. It ends at `cut`, which is g cut off from G: there the two add up, and G is gone through once, below.
-        for x in [*UV, *G_parameters, *sources.values()]:
+        # What is minimised:
+        # total = config.w_stochastic * loss_stochastic + config.w_adversarial * loss_adversarial
+        #         + price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
+        #         + config.w_delta * loss_delta
+        # Each reconstruction loss is differentiated immediately, which frees its graph before the next one is built.
+        # Both gradients add up in `g_leaf`, a copy of g cut off from G; below, one backward pass takes them through G.
+        for x in [*UV, *G_parameters, sources]:
             x.grad = None
-        cut = {path: x.detach().requires_grad_() for path, x in g.items()}
+        g_leaf = g.detach().requires_grad_()
         loss_stochastic = loss_adversarial = torch.zeros((), device=batch.device)
         if config.w_stochastic:
-            loss_stochastic = stochastic_reconstruction(model, U, V, cut, batch, target, divergence, training.noise)
-            (config.w_stochastic * loss_stochastic).backward(inputs=[*UV, *cut.values()])
+            loss_stochastic = stochastic_reconstruction(model, U, V, g_leaf, batch, target, divergence, training.noise)
+            (config.w_stochastic * loss_stochastic).backward(inputs=[*UV, g_leaf])
         if config.w_adversarial:
-            loss_adversarial = adversarial_reconstruction(model, U, V, cut, batch, target, divergence, sources)
-            (config.w_adversarial * loss_adversarial).backward(inputs=[*UV, *cut.values(), *sources.values()])
+            loss_adversarial = adversarial_reconstruction(model, U, V, g_leaf, batch, target, divergence, sources)
+            (config.w_adversarial * loss_adversarial).backward(inputs=[*UV, g_leaf, sources])
     S, positions = usage(z, p)
-    l0 = sum((x > 0).sum() for x in g.values()) / positions
+    l0 = (g > 0).sum() / positions
     S, positions = global_sum(S, positions)  # of all processes, where several train together
     loss_importance = importance_minimality(S, positions)
     loss_frequency = frequency_minimality(S, positions)
     loss_delta = delta_l2(model, U, V)
-    rest = price * config.w_importance * loss_importance + price * config.w_frequency * loss_frequency
+    rest = price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
     rest = rest + config.w_delta * loss_delta
-    gradients = [None, *(x.grad for x in cut.values())]  # None: of a scalar, 1
-    torch.autograd.backward([rest, *g.values()], gradients, inputs=[*UV, *G_parameters])
+    torch.autograd.backward([rest, g], [None, g_leaf.grad], inputs=[*UV, *G_parameters])  # None: of a scalar, 1
     global_mean([x.grad for x in [*UV, *G_parameters]])
 
     # U, V and G step down. The adversary takes one more step up: the gradient of its loss was there anyway
@@ -434,9 +457,10 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     values["gradient of U and V"] = nn.utils.clip_grad_norm_(UV, config.clip_UV)
     values["gradient of G"] = nn.utils.clip_grad_norm_(G_parameters, config.clip_G)
     values = finite_numbers(values, target, training.step)
-    training.optimizer.step()
+    for optimizer in training.optimizers:
+        optimizer.step()
     if config.w_adversarial:  # without the weight of the loss: Adam's moments keep the scale of the inner steps
-        ascend(training.ascent, [x.grad / config.w_adversarial for x in sources.values()])
+        ascend(training.ascent, sources, sources.grad / config.w_adversarial)
     training.step += 1
     return values
 
@@ -451,11 +475,11 @@ def decompose(
     model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
     get_batch(generator): a batch of inputs, all of one shape, drawn with nothing but the given CPU generator.
     divergence: `kl` or `mse`, or any function (target output, masked output) -> scalar, a mean over positions.
-    out: a folder for run.json (what made the run), log.jsonl (200 lines of losses) and checkpoint.pt, written every
-        `checkpoint_seconds` and at the end. If it holds this same run, unfinished, the run goes on from its checkpoint,
-        and on CPU, with equal threads and version of torch, ends bit for bit as if it had never stopped. A finished run
-        is loaded, on any device.
-    Raises BadInput before any training (see `check`, `claim_folder`, `load_checkpoint`), or from `training_step`."""
+    out: a folder (section 10) for run.json, log.jsonl and checkpoint.pt, written every `checkpoint_seconds` and at the
+        end. If it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with
+        equal threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
+    Raises BadInput before any training (see `check`, `claim_folder`, `load_checkpoint`), or if a batch has another
+    shape than the first, or a loss is not finite."""
     training, next_batch, after_step = open_run(model, C, get_batch, config, out, checkpoint_seconds)
     if training.step == 0:
         faithfulness_warmup(model, training.decomposition, config)
@@ -463,27 +487,6 @@ def decompose(
         values = training_step(model, next_batch(), divergence, training, config)
         after_step(values)  # log, progress, checkpoint
     return training.decomposition
-
-def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config: Config, process: int = 0) -> Training:
-    """A run at step 0: V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1); for one seed the same on every device.
-    process: the number of this one, where several train together. U, V and G are equal in all of them."""
-    device = next(iter(inputs.values())).device
-    weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
-    seed_of_process = config.seed + 2_000_003 * process
-    with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
-        torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
-        V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
-        U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
-        G = importance_function(V, config).to(device)
-        torch.default_generator.manual_seed(seed_of_process)  # again: from here on each process draws its own sources
-        shapes = {path: (*x.shape[:-1], C[path] + 1) for path, x in inputs.items()}
-        sources, ascent = start_adversary(shapes, device, config)
-    U, V = ({path: x.to(device).requires_grad_() for path, x in tensors.items()} for tensors in (U, V))
-    parameters, fused = [*U.values(), *V.values(), *G.parameters()], device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, config.beta2), weight_decay=0, fused=fused)
-    data = torch.Generator().manual_seed(seed_of_process)
-    noise = torch.Generator(device).manual_seed(seed_of_process + 1_000_003)  # another stream than that of the data
-    return Training(Decomposition(U, V, G, config.bf16), optimizer, sources, ascent, data, noise)
 
 def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: Config) -> None:
     """Before the training, fit U and V alone to the weights: AdamW, lr 1e-3, on Delta-L2 ([VPD] section 5)."""
@@ -493,8 +496,7 @@ def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: 
         optimizer.zero_grad()
         delta_l2(model, decomposition.U, decomposition.V).backward()
         optimizer.step()
-    # Where several processes train together: what each has computed by itself may differ in the last digits.
-    global_mean([*UV, *decomposition.G.parameters()])
+    equalize([*UV, *decomposition.G.parameters()])  # of several processes, whose last digits may differ
 
 # ---- 8  Evaluation: how we know that it worked ([VPD] section 6) ----------------------------------------------------
 
@@ -505,20 +507,22 @@ def predict_importances(model, decomposition: Decomposition, batch: Tensor) -> t
     """The target's output on a batch, and the causal importances {path: (..., C + 1)} of the subcomponents there."""
     with precision(batch.device, decomposition.bf16):
         target, inputs = forward_with_inputs(model, decomposition.U, batch)
-        return target, causal_importances(decomposition.G(inputs, decomposition.U, decomposition.V))
+        g = causal_importances(decomposition.G(inputs, decomposition.U, decomposition.V), decomposition.U)
+        return target, by_path(g, decomposition.U)
 
 def count_subcomponents(cases: list[tuple]) -> dict:
     """{"matrices": {path: counts}, "total": counts} on cases [(batch, target output, g), ...]. Counts: "C"; "alive":
-    mean g above ALIVE; "l0": how many have g > 0 at a position, on average; "l0_per_alive"; "mean_importance" (C,)."""
+    mean g above ALIVE; "l0": how many have g > 0 at a position, on average; "l0_above_0.1": g > 0.1; "l0_per_alive";
+    "mean_importance" (C,), of the matrices alone."""
     matrices = {}
     for path in cases[0][2]:
         importances = [g[path][..., :-1].flatten(0, -2) for _, _, g in cases]  # (positions, C) of each case
         mean = sum(x.mean(0) / len(cases) for x in importances)  # (C,)
-        l0 = sum((x > 0).sum(-1).float().mean().item() / len(cases) for x in importances)
+        l0, l0_above = (sum((x > h).sum(-1).float().mean().item() for x in importances) / len(cases) for h in (0, 0.1))
         alive = int((mean > ALIVE).sum())
-        matrices[path] = {"C": len(mean), "alive": alive, "l0": l0, "l0_per_alive": l0 / max(1, alive)}
-        matrices[path]["mean_importance"] = mean.tolist()
-    total = {key: sum(matrix[key] for matrix in matrices.values()) for key in ("C", "alive", "l0")}
+        matrices[path] = {"C": len(mean), "alive": alive, "l0": l0, "l0_above_0.1": l0_above}
+        matrices[path] |= {"l0_per_alive": l0 / max(1, alive), "mean_importance": mean.tolist()}
+    total = {key: sum(matrix[key] for matrix in matrices.values()) for key in ("C", "alive", "l0", "l0_above_0.1")}
     return {"matrices": matrices, "total": {**total, "l0_per_alive": total["l0"] / max(1, total["alive"])}}
 
 def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -536,44 +540,43 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
     for name, masking in maskings.items():
         yield name, {path: F.pad(masking(x[..., :-1]), (0, 1)) for path, x in g.items()}
 
-@torch.enable_grad()
+@torch.enable_grad()  # `evaluate` runs without gradients
 def fresh_adversary(
-    model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, shapes: dict, movable=None, seed=0
+    model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(), movable=None, seed=0
 ) -> dict[str, float]:
-    """The attack ([VPD] section 6): {"20": divergence after 20 steps of sign ascent from random sources, "40", "80"}.
+    """The attack ([VPD] section 6): {"20": the largest divergence met in 20 steps of sign ascent from random sources,
+    "40", "80"}. The largest, not the last: steps of 0.1 overshoot, and can come down again.
 
-    cases: [(batch, target output, g), ...], attacked together. shapes of the sources {path: ...}: (C + 1,) for ONE per
-    mask, shared by all positions, which finds systematic flaws and not the noise of single inputs; (..., C + 1) for one
-    per position. movable: bools of these shapes, what the adversary may move (default: all, also Delta's)."""
-    U, V, device, reached = detached(decomposition.U), detached(decomposition.V), cases[0][0].device, {}
-    generator = torch.Generator(device).manual_seed(seed)
-    sources = {path: torch.rand(shape, generator=generator, device=device) for path, shape in shapes.items()}
-    leaves = [r.requires_grad_() for r in sources.values()]
-    for step in with_progress(range(81), "fresh adversary"):
-        total, gradients = 0.0, [torch.zeros_like(r) for r in leaves]
+    cases: [(batch, target output, g), ...], attacked together. positions: () for ONE source per mask, shared by all
+    positions, which finds systematic flaws and not the noise of single inputs; the shape of the positions for one
+    source at each. movable: bools (*positions, K), what the adversary may move (default: all, also Delta's)."""
+    U, V, device, reached = detached(decomposition.U), detached(decomposition.V), cases[0][0].device, [-math.inf]
+    K, generator = sum(len(u) + 1 for u in U.values()), torch.Generator(device).manual_seed(seed)
+    sources = torch.rand(*positions, K, generator=generator, device=device).requires_grad_()
+    for _ in with_progress(range(81), "fresh adversary"):
+        total, gradient = 0.0, torch.zeros_like(sources)
         for batch, target, g in cases:
             with precision(device, decomposition.bf16):
+                g = side_by_side(g)
                 loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources) / len(cases)
-            gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(loss, leaves))]
+            gradient += torch.autograd.grad(loss, sources)[0]
             total += loss.item()
-        if step in (20, 40, 80):
-            reached[str(step)] = total
-        for (path, r), gradient in zip(sources.items(), gradients):
-            r.data.add_(0.1 * gradient.sign() * (movable[path] if movable else 1)).clamp_(0, 1)
-    return reached
+        reached.append(max(total, reached[-1]))
+        sources.data.add_(0.1 * gradient.sign() * (1 if movable is None else movable)).clamp_(0, 1)
+    return {str(steps): reached[1 + steps] for steps in (20, 40, 80)}
 
 @torch.no_grad()
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None) -> dict:
     """All figures that every decomposition reports, as a dict for JSON. batches: the evaluation set, of one shape.
 
-    "matrices" and "total": see `count_subcomponents`. "divergence" from the target, by masking. "adversary": the same
+    "matrices" and "total": see `count_subcomponents`. "divergence" from the target, by masking. "adversary": divergence
     under a fresh adversary with one source per mask. "delta": the mean of Delta^2. With loss(batch, output) -> scalar,
-    which the target was trained on, also "loss", of "target" and by masking. Raises BadInput if shapes differ."""
+    the loss the target was trained on, also "loss", of "target" and by masking. Raises BadInput if shapes differ."""
     refuse(len({batch.shape for batch in batches}) != 1, "the evaluation batches differ in shape: give equal ones")
     U, V, bf16, device = decomposition.U, decomposition.V, decomposition.bf16, batches[0].device
     cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
     generator = torch.Generator(device).manual_seed(seed)
-    divergences, losses = collections.Counter(), collections.Counter()
+    divergences, losses = collections.defaultdict(float), collections.defaultdict(float)
     for batch, target, g in cases:
         losses["target"] += loss(batch, target).item() / len(cases) if loss else 0
         for masking, masks in evaluation_masks(g, generator):
@@ -581,8 +584,7 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
                 output = masked_forward(model, U, V, masks, batch)
             divergences[masking] += divergence(target, output).item() / len(cases)
             losses[masking] += loss(batch, output).item() / len(cases) if loss else 0
-    shapes = {path: (len(u) + 1,) for path, u in U.items()}
-    adversary = fresh_adversary(model, decomposition, cases, divergence, shapes, seed=seed)
+    adversary = fresh_adversary(model, decomposition, cases, divergence, seed=seed)
     metrics = {"alive_threshold": ALIVE, **count_subcomponents(cases), "divergence": dict(divergences)}
     metrics |= {"adversary": adversary, "delta": delta_l2(model, U, V).item()}
     return metrics | ({"loss": dict(losses)} if loss else {})
@@ -596,7 +598,8 @@ def cut_forward(
     the gradient with respect to a write is then its direct effect, not one through other decomposed matrices.
 
     embeddings: paths of modules that write, but are not decomposed. Returns the output; the activations a_c =
-    ||U_c|| V_c^T x, {path: (..., C)}; and the writes, {path: (..., d_out)}, in the order in which they run."""
+    ||U_c|| V_c^T x, {path: (..., C)}; and the writes, {path: (..., d_out)}, in the order in which they run. In float32,
+    also for a run in bfloat16: attributions are small differences."""
     U, V = detached(decomposition.U), detached(decomposition.V)
     activations, writes = {}, {}
 
@@ -615,7 +618,8 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
     """How much every subcomponent adds directly to `value`, a scalar of a `cut_forward`: {path: (..., C + 1)}.
 
     The gradient of value at the write, times what c adds to the write, m_c a_c U_c / ||U_c||. The last column is of the
-    bias and Delta. For an embedding: (..., 1). Where value is linear in what is written, they add up to it."""
+    bias and Delta. For an embedding: (..., 1). Where value is linear, without a constant, in what is written, they add
+    up to it."""
     if not value.requires_grad:  # the first matrix: nothing writes to what it reads
         return {}
     attributed = {}
@@ -633,7 +637,8 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
 def attribution_graph(
     model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(), share: float = 0.0
 ) -> dict:
-    """The attribution graph of one input (1, T): who contributes directly to whom, and to outcome(output), a scalar.
+    """The attribution graph of one input (1, T): who contributes directly to whom, and to outcome(output), a scalar of
+    the last position. Masks: the importances g themselves, without Delta.
 
     Nodes, in the order in which they run: every subcomponent at every position with g > 0, every embedding at every
     position, and the outcome. Edges: attributions with at least this share of the sum of all (absolute) into a target.
@@ -664,55 +669,53 @@ def attribution_graph(
     return {"nodes": nodes, "edges": edges}
 
 def prune(
-    model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, price: float,
+    model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, price_per_node: float,
     stochastic=True, adversarial=True, steps: int = 300, seed: int = 0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Which of the subcomponents that are active on `batch` does one behaviour need? New causal importances, like g.
 
     They stay 0 where g is 0. Where g > 0 (a node) they start at g, and learn to keep loss(output), a scalar, low, at
-    `price` for each node that is kept. Masks: m = g + (1 - g) r as ever. The sources r of nodes are random (stochastic)
+    price_per_node * sqrt(g) for each. Masks: m = g + (1 - g) r as ever. The sources r of nodes are random (stochastic)
     or an adversary's (adversarial); if both, the mean of both losses. All other sources are random. With neither, the
     importances themselves are the masks. AdamW on raw scores, lr 0.05, warm-up and cosine."""
     U, V, device = detached(decomposition.U), detached(decomposition.V), batch.device
-    active = {path: x > 0 for path, x in g.items()}
-    generator = torch.Generator(device).manual_seed(seed)
-    z = {path: x.clone().requires_grad_() for path, x in g.items()}
-    optimizer = torch.optim.AdamW(z.values(), lr=0.05, weight_decay=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        sources, ascent = start_adversary({path: x.shape for path, x in g.items()}, device, Config(adversary_lr=0.1))
+    z = side_by_side(g).requires_grad_()  # the scores, (1, T, K)
+    active = z.detach() > 0
+    optimizer, generator = torch.optim.AdamW([z], lr=0.05, weight_decay=0), torch.Generator(device).manual_seed(seed)
+    sources = torch.rand(z.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    ascent = start_adversary(sources, Config(adversary_lr=0.1))
     for step in range(steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * cosine  # 20 steps of warm-up
-        pruned = {path: lower_leaky(x) * active[path] for path, x in z.items()}
-        random = {path: torch.rand(x.shape, generator=generator, device=device) for path, x in g.items()}
-        attack = {path: torch.where(active[path], sources[path], random[path]) for path in g}
+        pruned = lower_leaky(z) * active
+        random = torch.rand(z.shape, generator=generator, device=device)
+        attack = torch.where(active, sources, random)
         wanted = [r for r, use in ((random, stochastic), (attack, adversarial)) if use]
         maskings = [make_masks(pruned, r) for r in wanted] or [pruned]
         # |g|^p with p = 0.5, so that few are left, and these near 1
-        kept = sum((upper_leaky(x) * active[path] + 1e-12).sqrt().sum() for path, x in z.items())
+        kept = (upper_leaky(z) * active + 1e-12).sqrt().sum()
         with precision(device, decomposition.bf16):
-            losses = [loss(masked_forward(model, U, V, masks, batch)) for masks in maskings]
-        total = sum(losses) / len(losses) + price * kept
-        for x in [*z.values(), *sources.values()]:
-            x.grad = None
-        total.backward(inputs=[*z.values(), *sources.values()])
+            losses = [loss(masked_forward(model, U, V, by_path(masks, U), batch)) for masks in maskings]
+        total = sum(losses) / len(losses) + price_per_node * kept
+        z.grad = sources.grad = None
+        total.backward(inputs=[z, sources])
         optimizer.step()
         if adversarial:
-            ascend(ascent, [r.grad for r in sources.values()])
-    return {path: (lower_leaky(x) * active[path]).detach() for path, x in z.items()}
+            ascend(ascent, sources, sources.grad)
+    return by_path((lower_leaky(z) * active).detach(), U)
 
 def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, Tensor]]:
     """For each subcomponent of one decomposition, its largest cosine with a subcomponent of another.
 
-    {path: {"U", "V", "product": (C,)}}; their means are the MMCS of [VPD] section 6. Cosines of U_c and of V_c have no
-    sign, which means nothing alone; that of the product U_c V_c^T is at least 0. Dead subcomponents point anywhere."""
+    {path: {"U", "V", "product": (C,), "match": (C,)}}: the means of the first three are the MMCS of [VPD] section 6.
+    Absolute values of U_c and V_c, whose signs alone are arbitrary; the product's is at least 0. "match": with which
+    subcomponent of the other the product has it. Dead subcomponents point anywhere."""
     largest = {}
     for path, U in one.U.items():
         u = F.normalize(U.detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of the other)
         v = F.normalize(one.V[path].detach(), dim=0).T @ F.normalize(other.V[path].detach(), dim=0)
         cosines = {"U": u.abs(), "V": v.abs(), "product": u * v}
-        largest[path] = {name: F.pad(x, (0, 1)).amax(1) for name, x in cosines.items()}
+        largest[path] = {name: x.amax(1).clamp(min=0) for name, x in cosines.items()} | {"match": (u * v).argmax(1)}
     return largest
 
 # ---- 10  Running it: several processes, checks, the run folder, checkpoints, progress, pictures ---------------------
@@ -749,6 +752,12 @@ def global_mean(tensors: list[Tensor]) -> None:
         dist.all_reduce(x)
         x /= processes()
 
+@torch.no_grad()
+def equalize(tensors: list[Tensor]) -> None:
+    """Give all processes the values that process 0 has."""
+    for x in tensors if processes() > 1 else []:
+        dist.broadcast(x, 0)
+
 def barrier() -> None:
     """Wait until all processes are here."""
     if processes() > 1:
@@ -774,8 +783,32 @@ def finite_numbers(values: dict[str, Tensor], target: Tensor, step: int) -> dict
             raise BadInput(f"the {name} is not finite at step {step}: lower lr, or look at the data")
     return numbers
 
+def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config: Config, process: int = 0) -> Training:
+    """A run at step 0: V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1); for one seed the same on every device.
+    process: this process's number, where several train together. U, V and G are equal in all of them."""
+    device = next(iter(inputs.values())).device
+    weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
+    # Weights, sources, data and noise each draw from a stream of their own
+    seed, sources_seed, data_seed, noise_seed = (config.seed + 1_000_003 * (4 * process + n) for n in range(4))
+    with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
+        torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
+        V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
+        U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
+        G = importance_function(V, config).to(device)
+    U, V = ({path: x.to(device).requires_grad_() for path, x in tensors.items()} for tensors in (U, V))
+    UV, fused = [*U.values(), *V.values()], device.type in ("cpu", "cuda")
+    settings = {"lr": config.lr, "betas": (0.9, config.beta2), "weight_decay": 0, "fused": fused}
+    of_UV, of_G = (torch.optim.AdamW(parameters, **settings) for parameters in (UV, G.parameters()))
+    if config.muon:  # match_rms_adamw: its steps are as long as AdamW's, so that a learning rate serves both
+        of_UV = torch.optim.Muon(UV, momentum=config.momentum, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    positions, K = next(iter(inputs.values())).shape[:-1], sum(C.values()) + len(C)
+    sources = torch.rand(*positions, K, generator=torch.Generator().manual_seed(sources_seed)).to(device)
+    ascent = start_adversary(sources, config)
+    data, noise = torch.Generator().manual_seed(data_seed), torch.Generator(device).manual_seed(noise_seed)
+    return Training(Decomposition(U, V, G, config.bf16), [of_UV, of_G], sources, ascent, data, noise)
+
 def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds) -> tuple[Training, Callable, Callable]:
-    """The training, new or as its folder holds it; next_batch(); and after_step(values), which keeps the books."""
+    """The training, new or as its folder holds it; next_batch(); and after_step(values), which logs and saves."""
     batch = get_batch(torch.Generator().manual_seed(config.seed))
     inputs = check(model, C, batch, config)
     device, folder = next(iter(inputs.values())).device, Path(out) if out else None
@@ -828,7 +861,7 @@ def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) ->
         dtype, name = model.get_submodule(path).weight.dtype, f"{path}.weight"
         refuse(dtype != torch.float32, f"{name} is {dtype}: call model.float() first, U and V are float32 too")
         memory = {n: x.untyped_storage().data_ptr() for n, x in model.named_parameters(remove_duplicate=False)}
-        tied = ", ".join(n for n in memory if memory[n] == memory[name] and n != name)  # as a view, such as a transpose
+        tied = ", ".join(n for n in memory if memory[n] == memory[name] and n != name)  # also as a transposed view
         refuse(tied, f"{name} is tied to {tied}: give the matrix a copy of its own, or leave it out")
     refuse(model.training, "the model is in training mode, where dropout changes its output: call model.eval() first")
 
@@ -902,7 +935,8 @@ def save_checkpoint(folder: Path, training: Training) -> None:
             torch.save(own, file)
     barrier()
     if rank() == 0:
-        state = {"U": result.U, "V": result.V, "G": result.G.state_dict(), "optimizer": training.optimizer.state_dict()}
+        state = {"U": result.U, "V": result.V, "G": result.G.state_dict()}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in training.optimizers]}
         state |= {"step": training.step, "seconds": training.seconds, "versions": versions(training.noise.device)}
         with replacing(folder / "checkpoint.pt") as file:
             torch.save(state | own | {"log_bytes": log.stat().st_size if log.exists() else 0}, file)
@@ -924,12 +958,14 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
             own_file = folder / f"checkpoint_{rank()}_{state['step']}.pt"
             state |= torch.load(own_file, map_location="cpu", weights_only=True)
         if unfinished and not elsewhere:
-            training.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(training.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
             training.ascent.load_state_dict(state["ascent"])
             training.data.set_state(state["data"])
             training.noise.set_state(state["noise"])
+            training.sources.data.copy_(state["sources"])
         result.G.load_state_dict(state["G"])
-        for tensors, saved in ((result.U, state["U"]), (result.V, state["V"]), (training.sources, state["sources"])):
+        for tensors, saved in ((result.U, state["U"]), (result.V, state["V"])):
             if {key: x.shape for key, x in tensors.items()} != {key: x.shape for key, x in saved.items()}:
                 raise ValueError("matrices or shapes differ")
             for key, x in tensors.items():
@@ -938,10 +974,10 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to begin anew") from error
-    refuse(elsewhere, f"{folder} stopped on {old['device']}, whose random numbers {now['device']} has not: go on there")
+    refuse(elsewhere, f"{folder} stopped on {old['device']}; {now['device']} draws other numbers: resume it there")
     if rank() == 0 and unfinished:
         if changed := ", ".join(f"{key} {old[key]}" for key in now if old[key] != now[key]):
-            print(f"warning: {folder} stopped with {changed}; the last digits may come out otherwise", file=sys.stderr)
+            print(f"warning: {folder} stopped with {changed}; the last digits may differ", file=sys.stderr)
         if (folder / "log.jsonl").exists():
             os.truncate(folder / "log.jsonl", log_bytes)  # what follows the checkpoint will be logged again
 

@@ -209,7 +209,7 @@ def test_the_planted_previous_token_circuit_comes_out_on_top():
         return nn.functional.cross_entropy(logits[:, -1], torch.tensor([1]))
 
     for adversarial in (False, True):
-        kept = vpd.prune(model, decomposition, g, batch, loss, price=1e-3, adversarial=adversarial, steps=200)
+        kept = vpd.prune(model, decomposition, g, batch, loss, price_per_node=1e-3, adversarial=adversarial, steps=200)
         assert all((x[g[path] == 0] == 0).all() for path, x in kept.items())
         values = [(t, c) for t, c in kept["h.0.attn.v"][0].nonzero().tolist()]
         assert values == [(4, 1)], values
