@@ -277,7 +277,7 @@ def kl(target: Tensor, output: Tensor) -> Tensor:
 
 def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Divergence, generator) -> Tensor:
     """Loss 1. The divergence from the target for sources ~ U(0, 1) under subset routing: one sample; scalar."""
-    sources = torch.rand(g.shape, generator=generator, device=g.device)
+    sources = torch.rand(g.shape, generator=generator, device=g.device, dtype=g.dtype)
     route(sources, U, generator)
     return divergence(target, masked_forward(model, U, V, by_path(make_masks(g, sources), U), batch))
 
@@ -341,7 +341,6 @@ class Config:
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
     lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.04 / sqrt(features) serves every size
     muon: float = 1.0  # [AdamW] U and V go by Muon, at this many times lr; 0: by AdamW, at lr; ours: MUON_GAIN
-    momentum: float = 0.95  # of Muon; 0.9: L0 94, not 84, and a higher KL
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
     warmup_steps: int = 400  # [400] of the warm-up that makes Delta small: Delta-L2 alone, U and V only, lr 1e-3
@@ -551,13 +550,13 @@ def fresh_adversary(
     positions, which finds systematic flaws and not the noise of single inputs; the shape of the positions for one
     source at each. movable: bools (*positions, K), what the adversary may move (default: all, also Delta's)."""
     U, V, device, reached = detached(decomposition.U), detached(decomposition.V), cases[0][0].device, [-math.inf]
-    K, generator = sum(len(u) + 1 for u in U.values()), torch.Generator(device).manual_seed(seed)
+    cases, generator = [(*case, side_by_side(g)) for *case, g in cases], torch.Generator(device).manual_seed(seed)
+    K = cases[0][2].shape[-1]
     sources = torch.rand(*positions, K, generator=generator, device=device).requires_grad_()
     for _ in with_progress(range(81), "fresh adversary"):
         total, gradient = 0.0, torch.zeros_like(sources)
         for batch, target, g in cases:
             with precision(device, decomposition.bf16):
-                g = side_by_side(g)
                 loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources) / len(cases)
             gradient += torch.autograd.grad(loss, sources)[0]
             total += loss.item()
@@ -789,7 +788,7 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
     device = next(iter(inputs.values())).device
     weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
     # Weights, sources, data and noise each draw from a stream of their own
-    seed, sources_seed, data_seed, noise_seed = (config.seed + 1_000_003 * (4 * process + n) for n in range(4))
+    _, of_sources, of_data, of_noise = (config.seed + 1_000_003 * (4 * process + n) for n in range(4))
     with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
         torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
         V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
@@ -800,12 +799,12 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
     settings = {"lr": config.lr, "betas": (0.9, config.beta2), "weight_decay": 0, "fused": fused}
     of_UV, of_G = (torch.optim.AdamW(parameters, **settings) for parameters in (UV, G.parameters()))
     if config.muon:  # match_rms_adamw: its steps are as long as AdamW's, so that a learning rate serves both
-        of_UV = torch.optim.Muon(UV, momentum=config.momentum, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+        of_UV = torch.optim.Muon(UV, config.lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     positions, K = next(iter(inputs.values())).shape[:-1], sum(C.values()) + len(C)
-    sources = torch.rand(*positions, K, generator=torch.Generator().manual_seed(sources_seed)).to(device)
-    ascent = start_adversary(sources, config)
-    data, noise = torch.Generator().manual_seed(data_seed), torch.Generator(device).manual_seed(noise_seed)
-    return Training(Decomposition(U, V, G, config.bf16), [of_UV, of_G], sources, ascent, data, noise)
+    sources = torch.rand(*positions, K, generator=torch.Generator().manual_seed(of_sources)).to(device)
+    data, noise = torch.Generator().manual_seed(of_data), torch.Generator(device).manual_seed(of_noise)
+    found, ascent = Decomposition(U, V, G, config.bf16), start_adversary(sources, config)
+    return Training(found, [of_UV, of_G], sources, ascent, data, noise)
 
 def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds) -> tuple[Training, Callable, Callable]:
     """The training, new or as its folder holds it; next_batch(); and after_step(values), which logs and saves."""
@@ -908,8 +907,9 @@ def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Conf
 
 def versions(device: torch.device) -> dict:
     """What a result depends on to the last bit, beside the settings."""
-    python, threads = sys.version.split()[0], torch.get_num_threads()
-    return {"python": python, "torch": str(torch.__version__), "threads": threads, "device": device.type}
+    python, threads, products = sys.version.split()[0], torch.get_num_threads(), torch.get_float32_matmul_precision()
+    made_by = {"python": python, "torch": str(torch.__version__), "threads": threads, "device": device.type}
+    return made_by | {"precision of products": products}
 
 @contextlib.contextmanager
 def replacing(path: Path):

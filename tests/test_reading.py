@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -425,6 +426,16 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
     assert len(active) == found["prunings"]["not pruned"]["nodes"]
 
 
+def test_the_correlation_of_importances_against_numpy():
+    torch.manual_seed(0)
+    one, other = torch.rand(50, 3), torch.rand(50, 3)
+    other[:, 1] = 0.3  # a constant
+    found = gpt.correlations(one, other)
+    for c in (0, 2):
+        assert found[c].item() == pytest.approx(np.corrcoef(one[:, c], other[:, c])[0, 1], abs=1e-5)
+    assert found[1].item() == pytest.approx(0, abs=1e-3)
+
+
 def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_compared(run, tmp_path, command):
     command("--init-from", run.folder, "--C", "0.5", "--steps", "3", "--seed", "1", "--out", tmp_path / "half")
     folders = (run.folder, tmp_path / "half")
@@ -439,12 +450,14 @@ def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_co
 
     command("--out", run.folder, "--compare", run.folder)
     found = json.loads((run.folder / "compare.json").read_text())
-    assert all(x == pytest.approx(1) for kind in ("trained", "untrained") for x in found[kind]["all"].values())
+    same = [found[kind]["all"][part] for kind in ("trained", "weighted", "untrained") for part in ("U", "V", "product")]
+    assert same == pytest.approx([1] * 9)  # with itself
     printed = command("--out", run.folder, "--compare", tmp_path / "half")
     found = json.loads((run.folder / "compare.json").read_text())
     assert 0 < found["untrained"]["all"]["product"] < 0.9
     (row,) = (line.split() for line in printed.splitlines() if line.startswith("all "))
-    shown = [found[kind]["all"][part] for kind in ("untrained", "trained") for part in ("U", "V", "product")]
+    shown = [x for kind in ("untrained", "trained", "weighted") for x in found[kind]["all"].values()]
+    assert len(shown) == 3 + 4 + 4
     assert [float(x) for x in row[1:]] == pytest.approx(shown, abs=0.0051)
 
     with pytest.raises(SystemExit, match="brings its preset and data"):

@@ -7,6 +7,7 @@ import math
 import sys
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,41 +269,34 @@ def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
     assert (sources == 1).any() and (sources == 0).any()  # the clamp was needed
 
 
-def test_one_backward_pass_gives_the_gradients_of_every_loss_taken_alone():
+def test_the_gradients_of_a_step_are_those_of_the_total_in_one_graph(monkeypatch):
     config = vpd.Config(G_type="mlp", adversary_steps=0, w_importance=0.3, w_frequency=0.1, w_delta=0.7, clip_UV=1e9, clip_G=1e9, p_start=1.5, price_start=3.0)
     model, training, x = start(config)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # so that only rounding of float64 may differ
+    model, x, found = model.double(), x.double(), training.decomposition
+    found.U, found.V = ({p: t.detach().double().requires_grad_() for p, t in d.items()} for d in (found.U, found.V))
+    found.G, training.sources = found.G.double(), training.sources.detach().double().requires_grad_()
+    training.ascent = vpd.start_adversary(training.sources, config)
     copied = copy.deepcopy(training)
     copied.noise = torch.Generator().set_state(training.noise.get_state())  # the step's own draws
     U, V, G, r = copied.decomposition.U, copied.decomposition.V, copied.decomposition.G, copied.sources
     leaves = [*U.values(), *V.values(), *G.parameters()]
 
-    def forward():
-        target, inputs = vpd.forward_with_inputs(model, C, x)
-        z = G(inputs, U, V)
-        return target, z, vpd.causal_importances(z, U)
-
-    expected = [torch.zeros_like(leaf) for leaf in leaves]
-    for name in ("stochastic", "adversarial", "importance", "frequency", "delta"):
-        target, z, g = forward()
-        S, n = vpd.usage(z, 1.5)
-        loss = {
-            "stochastic": lambda: vpd.stochastic_reconstruction(model, U, V, g, x, target, vpd.mse, copied.noise),
-            "adversarial": lambda: vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, r),
-            "importance": lambda: vpd.importance_minimality(S, n),
-            "frequency": lambda: vpd.frequency_minimality(S, n),
-            "delta": lambda: vpd.delta_l2(model, U, V),
-        }[name]()
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
-        coefficient = getattr(config, f"w_{name}") * (3 if name in ("importance", "frequency") else 1)  # the first step: price_start
-        expected = [e + coefficient * (0 if d is None else d) for e, d in zip(expected, gradients)]
-        if name == "adversarial":
-            expected_sources = torch.autograd.grad(loss, r)[0]
+    target, inputs = vpd.forward_with_inputs(model, C, x)
+    z = G(inputs, U, V)
+    g, (S, n) = vpd.causal_importances(z, U), vpd.usage(z, 1.5)
+    adversarial = vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, r)
+    total = config.w_stochastic * vpd.stochastic_reconstruction(model, U, V, g, x, target, vpd.mse, copied.noise)
+    total = total + config.w_adversarial * adversarial + config.w_delta * vpd.delta_l2(model, U, V)
+    price = 3 * (config.w_importance * vpd.importance_minimality(S, n) + config.w_frequency * vpd.frequency_minimality(S, n))
+    expected = torch.autograd.grad(total + price, leaves, retain_graph=True)  # 3: price_start, at the first step
+    (expected_sources,) = torch.autograd.grad(adversarial, r)
 
     vpd.training_step(model, x, vpd.mse, training, config)
     actual = [*training.decomposition.U.values(), *training.decomposition.V.values(), *training.decomposition.G.parameters()]
     for e, leaf in zip(expected, actual):
-        torch.testing.assert_close(leaf.grad, e, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(training.sources.grad, expected_sources, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(leaf.grad, e, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(training.sources.grad, expected_sources, rtol=1e-9, atol=1e-12)
     assert all(parameter.grad is None for parameter in model.parameters())  # the target gets none
 
 
@@ -375,6 +369,34 @@ def test_a_start_leaves_all_random_states_as_they_were(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", never)
     vpd.start(model, C, inputs, vpd.Config())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_sources_data_and_noise_draw_from_streams_of_their_own():
+    model, x = Net().eval(), torch.zeros(50, 4)
+    training = vpd.start(model, C, vpd.check(model, C, x, vpd.Config()), vpd.Config())
+    streams = [torch.rand(50, 15, generator=generator) for generator in (training.data, training.noise)]
+    streams += [training.sources.detach(), torch.rand(50, 15, generator=torch.Generator().manual_seed(0))]  # 0: of weights
+    for one, other in itertools.combinations(streams, 2):
+        assert abs(np.corrcoef(one.flatten(), other.flatten())[0, 1]) < 0.15
+    second = vpd.start(model, C, vpd.check(model, C, x, vpd.Config()), vpd.Config(), process=1)
+    assert torch.equal(second.decomposition.U["first"], training.decomposition.U["first"])
+    assert not torch.equal(second.sources, training.sources) and second.noise.initial_seed() != training.noise.initial_seed()
+
+
+def test_u_and_v_step_by_orthogonal_matrices_with_muon_and_by_adamw_without():
+    for muon in (2.0, 0.0):
+        config = vpd.Config(muon=muon, lr=1e-3, warmup_steps=0, steps=100)
+        model, training, x = start(config)
+        U, V = ({p: t.detach().clone() for p, t in d.items()} for d in (training.decomposition.U, training.decomposition.V))
+        vpd.training_step(model, x, vpd.mse, training, config)
+        for before, after in ((U, training.decomposition.U), (V, training.decomposition.V)):
+            for path in C:
+                step = after[path].detach() - before[path]
+                if muon:  # all singular values near 0.2 lr sqrt(larger side): the RMS of a step of Adam
+                    size = torch.linalg.svdvals(step) / (0.2 * muon * config.lr * max(step.shape) ** 0.5)
+                    assert size.min() > 0.4 and size.max() < 1.4
+                else:  # the first step of Adam is lr in every entry
+                    torch.testing.assert_close(step.abs(), torch.full_like(step, config.lr), rtol=1e-2, atol=1e-7)
 
 
 def test_a_training_step_never_changes_the_target():
