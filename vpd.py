@@ -384,10 +384,6 @@ class Training:
     step: int = 0  # steps taken
     seconds: float = 0.0  # spent so far
 
-def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, as constants: no gradient is computed for them."""
-    return {path: x.detach() for path, x in tensors.items()}
-
 def precision(device: torch.device | str, bf16: bool):
     """A context in which matrix products run in bfloat16, if `bf16`, and else in float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
@@ -417,10 +413,10 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
         z = G(inputs, U, V)  # (..., sum C)
         g = causal_importances(z, U)  # (..., K)
 
-        # The adversary's inner ascent: all but the sources is constant, so that no gradient is computed in vain
-        fixed = detached(U), detached(V), g.detach()
+        # The adversary's inner ascent; g_leaf is g cut off from G
+        g_leaf = g.detach().requires_grad_()
         for _ in range(config.adversary_steps if config.w_adversarial else 0):
-            loss = adversarial_reconstruction(model, *fixed, batch, target, divergence, sources)
+            loss = adversarial_reconstruction(model, U, V, g_leaf, batch, target, divergence, sources)
             ascend(training.ascent, sources, *torch.autograd.grad(loss, sources))
 
         # What is minimised:
@@ -428,10 +424,9 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
         #         + price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
         #         + config.w_delta * loss_delta
         # Each reconstruction loss is differentiated immediately, which frees its graph before the next one is built.
-        # Both gradients add up in `g_leaf`, a copy of g cut off from G; below, one backward pass takes them through G.
+        # Both gradients of g add up in g_leaf; below, one backward pass takes the sum through G.
         for x in [*UV, *G_parameters, sources]:
             x.grad = None
-        g_leaf = g.detach().requires_grad_()
         loss_stochastic = loss_adversarial = torch.zeros((), device=batch.device)
         if config.w_stochastic:
             loss_stochastic = stochastic_reconstruction(model, U, V, g_leaf, batch, target, divergence, training.noise)
@@ -549,7 +544,7 @@ def fresh_adversary(
     cases: [(batch, target output, g), ...], attacked together. positions: () for ONE source per mask, shared by all
     positions, which finds systematic flaws and not the noise of single inputs; the shape of the positions for one
     source at each. movable: bools (*positions, K), what the adversary may move (default: all, also Delta's)."""
-    U, V, device, reached = detached(decomposition.U), detached(decomposition.V), cases[0][0].device, [-math.inf]
+    U, V, device, reached = decomposition.U, decomposition.V, cases[0][0].device, [-math.inf]
     cases, generator = [(*case, side_by_side(g)) for *case, g in cases], torch.Generator(device).manual_seed(seed)
     K = cases[0][2].shape[-1]
     sources = torch.rand(*positions, K, generator=generator, device=device).requires_grad_()
@@ -599,7 +594,7 @@ def cut_forward(
     embeddings: paths of modules that write, but are not decomposed. Returns the output; the activations a_c =
     ||U_c|| V_c^T x, {path: (..., C)}; and the writes, {path: (..., d_out)}, in the order in which they run. In float32,
     also for a run in bfloat16: attributions are small differences."""
-    U, V = detached(decomposition.U), detached(decomposition.V)
+    U, V = decomposition.U, decomposition.V
     activations, writes = {}, {}
 
     def cut(path, module, args, output):
@@ -619,7 +614,7 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
     The gradient of value at the write, times what c adds to the write, m_c a_c U_c / ||U_c||. The last column is of the
     bias and Delta. For an embedding: (..., 1). Where value is linear, without a constant, in what is written, they add
     up to it."""
-    if not value.requires_grad:  # the first matrix: nothing writes to what it reads
+    if not value.requires_grad:  # nothing that learns, and nothing that writes, is in it
         return {}
     attributed = {}
     gradients = torch.autograd.grad(value, list(writes.values()), retain_graph=True, allow_unused=True)
@@ -677,7 +672,7 @@ def prune(
     price_per_node * sqrt(g) for each. Masks: m = g + (1 - g) r as ever. The sources r of nodes are random (stochastic)
     or an adversary's (adversarial); if both, the mean of both losses. All other sources are random. With neither, the
     importances themselves are the masks. AdamW on raw scores, lr 0.05, warm-up and cosine."""
-    U, V, device = detached(decomposition.U), detached(decomposition.V), batch.device
+    U, V, device = decomposition.U, decomposition.V, batch.device
     z = side_by_side(g).requires_grad_()  # the scores, (1, T, K)
     active = z.detach() > 0
     optimizer, generator = torch.optim.AdamW([z], lr=0.05, weight_decay=0), torch.Generator(device).manual_seed(seed)
@@ -707,14 +702,14 @@ def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, 
     """For each subcomponent of one decomposition, its largest cosine with a subcomponent of another.
 
     {path: {"U", "V", "product": (C,), "match": (C,)}}: the means of the first three are the MMCS of [VPD] section 6.
-    Absolute values of U_c and V_c, whose signs alone are arbitrary; the product's is at least 0. "match": with which
-    subcomponent of the other the product has it. Dead subcomponents point anywhere."""
+    Absolute values of U_c and V_c, whose signs alone are arbitrary; the product's is at least 0. "match": which of the
+    other has the largest product, or their number if none is above 0. Dead subcomponents point anywhere."""
     largest = {}
     for path, U in one.U.items():
         u = F.normalize(U.detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of the other)
         v = F.normalize(one.V[path].detach(), dim=0).T @ F.normalize(other.V[path].detach(), dim=0)
-        cosines = {"U": u.abs(), "V": v.abs(), "product": u * v}
-        largest[path] = {name: x.amax(1).clamp(min=0) for name, x in cosines.items()} | {"match": (u * v).argmax(1)}
+        cosines = {name: F.pad(x, (0, 1)) for name, x in (("U", u.abs()), ("V", v.abs()), ("product", u * v))}
+        largest[path] = {name: x.amax(1) for name, x in cosines.items()} | {"match": cosines["product"].argmax(1)}
     return largest
 
 # ---- 10  Running it: several processes, checks, the run folder, checkpoints, progress, pictures ---------------------
@@ -776,10 +771,9 @@ def finite_numbers(values: dict[str, Tensor], target: Tensor, step: int) -> dict
     stacked = torch.stack([x.detach() for x in values.values()])  # one synchronisation with the device for all
     global_mean([stacked])
     numbers = dict(zip(values, stacked.tolist()))
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            name = name if target.isfinite().all() else "target model's output"
-            raise BadInput(f"the {name} is not finite at step {step}: lower lr, or look at the data")
+    for name in [name for name, number in numbers.items() if not math.isfinite(number)]:
+        name = name if target.isfinite().all() else "target model's output"
+        raise BadInput(f"the {name} is not finite at step {step}: lower lr, or look at the data")
     return numbers
 
 def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config: Config, process: int = 0) -> Training:
@@ -907,9 +901,8 @@ def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Conf
 
 def versions(device: torch.device) -> dict:
     """What a result depends on to the last bit, beside the settings."""
-    python, threads, products = sys.version.split()[0], torch.get_num_threads(), torch.get_float32_matmul_precision()
-    made_by = {"python": python, "torch": str(torch.__version__), "threads": threads, "device": device.type}
-    return made_by | {"precision of products": products}
+    numbers = {"threads": torch.get_num_threads(), "precision of products": torch.get_float32_matmul_precision()}
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "device": device.type, **numbers}
 
 @contextlib.contextmanager
 def replacing(path: Path):
@@ -976,7 +969,7 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
         raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to begin anew") from error
     refuse(elsewhere, f"{folder} stopped on {old['device']}; {now['device']} draws other numbers: resume it there")
     if rank() == 0 and unfinished:
-        if changed := ", ".join(f"{key} {old[key]}" for key in now if old[key] != now[key]):
+        if changed := ", ".join(f"{key} {old.get(key)}" for key in now if old.get(key) != now[key]):
             print(f"warning: {folder} stopped with {changed}; the last digits may differ", file=sys.stderr)
         if (folder / "log.jsonl").exists():
             os.truncate(folder / "log.jsonl", log_bytes)  # what follows the checkpoint will be logged again

@@ -252,7 +252,7 @@ def start(config, seed=0, shape=(16,)):
 def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
     config = vpd.Config(G_type="mlp", adversary_lr=0.05)
     model, training, x = start(config)
-    U, V = vpd.detached(training.decomposition.U), vpd.detached(training.decomposition.V)
+    U, V = training.decomposition.U, training.decomposition.V
     target, g = vpd.predict_importances(model, training.decomposition, x)
     g, sources = vpd.side_by_side(g), training.sources
     found = []
