@@ -1035,14 +1035,21 @@ def proposals(run: Run) -> str:
 
 def untrained(run: Run) -> vpd.Decomposition:
     """A run's decomposition as it was before any training."""
-    _, inputs = vpd.forward_with_inputs(run.model, run.decomposition.U, torch.zeros(1, 1).long().to(run.device))
-    return vpd.start(run.model, {path: len(u) for path, u in run.decomposition.U.items()}, inputs,
-                     run.preset.config).decomposition  # fmt: skip
+    C = {path: len(u) for path, u in run.decomposition.U.items()}
+    _, inputs = vpd.forward_with_inputs(run.model, C, torch.zeros(1, 1, dtype=torch.int64, device=run.device))
+    return vpd.start(run.model, C, inputs, run.preset.config).decomposition
 
 def correlations(one: Tensor, other: Tensor) -> Tensor:
     """The correlation of each column of one with the same of the other; both (positions, C); 0 for a constant; (C,)."""
     one, other = (F.normalize(x - x.mean(0), dim=0) for x in (one, other))
     return (one * other).sum(0)
+
+def weighted_means(values: dict, weights: dict[str, Tensor]) -> dict:
+    """Of values {matrix: {part: (C,)}} the means {matrix or "all": {part: mean}}, weighted by {matrix: (C,)}."""
+    parts, weights = next(iter(values.values())), weights | {"all": torch.cat(list(weights.values()))}
+    values = values | {"all": {part: torch.cat([of[part] for of in values.values()]) for part in parts}}
+    share = {path: w / w.sum().clamp(min=1e-9) for path, w in weights.items()}
+    return {path: {part: (x * share[path]).sum().item() for part, x in of.items()} for path, of in values.items()}
 
 def compare(run: Run, folder: Path) -> str:
     """How similar a run's alive subcomponents are to those of another run on the same target.
@@ -1056,31 +1063,26 @@ def compare(run: Run, folder: Path) -> str:
     mine, its = run.model.state_dict(), other.model.state_dict()
     equal = mine.keys() == its.keys() and all(x.equal(its[name]) for name, x in mine.items())
     vpd.refuse(not equal, f"{folder} decomposes another target: make a run on this one's with --init-from {run.folder}")
-    kept, weight = [alive(x) for x in (run, other)], mean_importances(run)
-    found = [vpd.Decomposition({path: u[mask[path]] for path, u in x.decomposition.U.items()},
-                               {path: v[:, mask[path]] for path, v in x.decomposition.V.items()}, x.decomposition.G)
-             for x, mask in zip((run, other), kept)]  # fmt: skip
-    trained, before = vpd.similarity(*found), vpd.similarity(untrained(run), untrained(other))
-    importances = [observe(x)[1] for x in (run, other)]
+    both, kept, g = (run, other), (alive(run), alive(other)), (observe(run)[1], observe(other)[1])
+    trained = vpd.similarity(*(
+        vpd.Decomposition({path: u[mask[path]] for path, u in x.decomposition.U.items()},
+                          {path: v[:, mask[path]] for path, v in x.decomposition.V.items()}, x.decomposition.G)
+        for x, mask in zip(both, kept)))  # fmt: skip
+    before = vpd.similarity(*map(untrained, both))
     for path, of in trained.items():
-        mine, its = (g[path].flatten(0, 1)[:, mask[path]].float() for g, mask in zip(importances, kept))
-        of["function"] = correlations(mine, F.pad(its, (0, 1))[:, of["match"]])
-    weights = {path: x[kept[0][path]] for path, x in weight.items()}
-    ones = {stage: {path: torch.ones_like(of["U"]) for path, of in x.items()} for stage, x in
-            (("trained", trained), ("untrained", before))}  # fmt: skip
-    means, parts = {"other": str(folder)}, ("U", "V", "product", "function")
-    for stage, cosines, w in (("untrained", before, ones["untrained"]), ("trained", trained, ones["trained"]),
-                              ("weighted", trained, weights)):  # fmt: skip
-        sums = {path: {part: (of[part] * w[path]).sum() for part in parts if part in of} for path, of in cosines.items()}
-        sums["all"] = {part: sum(x[part] for x in sums.values()) for part in next(iter(sums.values()))}
-        total = {path: x.sum() for path, x in w.items()} | {"all": sum(x.sum() for x in w.values())}
-        means[stage] = {path: {part: (y / total[path].clamp(min=1e-9)).item() for part, y in x.items()} for path, x in sums.items()}
+        mine, its = (x[path].flatten(0, 1)[:, mask[path]].float() for x, mask in zip(g, kept))
+        of["function"] = correlations(mine, F.pad(its, (0, 1))[:, of.pop("match")])
+        before[path].pop("match")
+    equally = [{path: torch.ones_like(of["U"]) for path, of in x.items()} for x in (before, trained)]
+    by_use = {path: x[kept[0][path]] for path, x in mean_importances(run).items()}
+    stages = {"untrained": (before, equally[0]), "trained": (trained, equally[1]), "weighted": (trained, by_use)}
+    means = {stage: weighted_means(*of) for stage, of in stages.items()}
     lines = ["mean largest cosine   before training: U, V, product    trained: U, V, product, function    weighted"]
     for path in means["trained"]:
-        row = ("  ".join(f"{x:.2f}" for x in means[key][path].values()) for key in ("untrained", "trained", "weighted"))
+        row = ["  ".join(f"{x:.2f}" for x in of[path].values()) for of in means.values()]
         lines.append("{:20s} {:>30s} {:>35s} {:>26s}".format(path, *row))
     with vpd.replacing(run.folder / "compare.json") as file:
-        file.write(json.dumps(means, indent=1).encode())
+        file.write(json.dumps({"other": str(folder), **means}, indent=1).encode())
     return "\n".join(lines)
 
 # ---- The command line -----------------------------------------------------------------------------------------------

@@ -78,12 +78,10 @@ def _hooked(model: nn.Module, paths, hook: Callable):
 def forward_with_inputs(model: nn.Module, paths, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The plain forward pass: the target model's output, and the input (..., d_in) of every matrix in `paths`."""
     inputs = {}
-
     def record(path, module, args, output):
         if path in inputs:
             raise BadInput(f"{path} runs twice in a forward pass: only matrices that run once can be decomposed")
         inputs[path] = args[0]
-
     with _hooked(model, paths, record):
         output = model(batch)
     # in the order of `paths`, not in which they ran; a matrix that did not run is left out, and `check` names it
@@ -101,10 +99,8 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
 
     A mask of ones gives exactly the target (in float32): that is how a position is left out of the decomposition. The
     model's parameters are not touched; the masks live only in the hooks of this one call."""
-
     def replace(path, module, args, output):
         return masked_linear(module, args[0], output, U[path], V[path], masks[path])
-
     with _hooked(model, masks, replace):
         return model(batch)
 
@@ -128,7 +124,6 @@ class _LowerLeaky(torch.autograd.Function):
     def forward(ctx, z):
         ctx.save_for_backward(z)
         return z.clamp(0, 1)
-
     @staticmethod
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
@@ -193,7 +188,6 @@ class ImportanceMLPs(nn.Module):
     ours: all weights enter by their absolute values. So a score rises with the activation (but for the dip of GELU),
     and a subcomponent detects one sign of it; otherwise one often serves two features that point in almost opposite
     directions, which training cannot part again."""
-
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
         self.sizes, hidden = [C for _, C in shapes.values()], 16
@@ -202,7 +196,6 @@ class ImportanceMLPs(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(C, 1, hidden))
         self.w_out = nn.Parameter(torch.randn(C, hidden, 1) / hidden**0.5)
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
-
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
         # ||U_c|| is detached: it sets the scale, and no loss shall move a score by resizing what is written. V_c is not
         # detached: it is what the score detects. (Measured on two toys, either choice changes little.)
@@ -224,14 +217,12 @@ def rotate(x: Tensor) -> Tensor:
 
 class ImportanceBlock(nn.Module):
     """Pre-norm transformer block, (B, T, width): RMSNorm -> attention with RoPE; RMSNorm -> GELU MLP."""
-
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
     def forward(self, x: Tensor) -> Tensor:
         B, T, width = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(B, T, 3, self.heads, -1)
@@ -243,7 +234,6 @@ class ImportanceBlock(nn.Module):
 
 class ImportanceTransformer(nn.Module):
     """One shared bidirectional transformer over all matrices' inputs (B, T, d_in) ([VPD] section 3)."""
-
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
         width = config.G_width
@@ -252,7 +242,6 @@ class ImportanceTransformer(nn.Module):
         self.blocks = nn.Sequential(*(ImportanceBlock(width, config.G_heads) for _ in range(config.G_blocks)))
         self.read_out = nn.Linear(width, sum(self.sizes))
         nn.init.constant_(self.read_out.bias, 0.5)  # every subcomponent starts half important
-
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
         x = torch.cat([F.rms_norm(x, x.shape[-1:]) for x in inputs.values()], -1)  # (B, T, sum d_in)
         x = self.blocks(self.project(x).float())  # under autocast a product is bfloat16, the residual stream float32
@@ -300,7 +289,7 @@ def importance_minimality(S: Tensor, positions: int) -> Tensor:
     return S.sum() / positions
 
 def frequency_minimality(S: Tensor, positions: int) -> Tensor:
-    """Loss 4. sum_c S_c log2(1 + S_c) / positions: two jobs for one subcomponent cost more than one for each of two; scalar."""
+    """Loss 4. sum_c S_c log2(1 + S_c) / positions: two jobs cost one subcomponent more than they cost two; scalar."""
     return (S * torch.log2(1 + S)).sum() / positions
 
 def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
@@ -389,12 +378,11 @@ def precision(device: torch.device | str, bf16: bool):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
 
 def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
-    """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms.
+    """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms. Raises
+    BadInput if one of them is not finite, before U, V and G are changed.
 
-    Peak memory in bytes: 4 * positions * (16 * sum C + 6 * outputs), with the sources and their moments, beside that of
-    the model and G with their activations; outputs: numbers that the model returns at a position. Raises BadInput if a
-    loss or a gradient is not finite, before U, V and G are changed. `global_sum` and `global_mean` are of section 10:
-    they do nothing where one process trains alone."""
+    Peak memory in bytes: 4 * positions * (16 * sum C + 6 * outputs per position), with the sources and their moments,
+    beside that of the model and of G. `global_sum` and `global_mean` (section 10) change nothing for one process."""
     U, V, G, sources = training.decomposition.U, training.decomposition.V, training.decomposition.G, training.sources
     UV, G_parameters = [*U.values(), *V.values()], list(G.parameters())
 
@@ -460,10 +448,9 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
 
 # ---- 7  decompose: the warm-up and the loop -------------------------------------------------------------------------
 
-def decompose(
-    model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Generator], Tensor], divergence: Divergence,
-    config: Config = Config(), out: str | Path | None = None, checkpoint_seconds: float = 60,
-) -> Decomposition:  # fmt: skip
+def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Generator], Tensor],
+              divergence: Divergence, config: Config = Config(), out: str | Path | None = None,
+              checkpoint_seconds: float = 60) -> Decomposition:  # fmt: skip
     """Decompose the `nn.Linear`s named by the keys of C into C[path] subcomponents each.
 
     model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
@@ -535,9 +522,8 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
         yield name, {path: F.pad(masking(x[..., :-1]), (0, 1)) for path, x in g.items()}
 
 @torch.enable_grad()  # `evaluate` runs without gradients
-def fresh_adversary(
-    model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(), movable=None, seed=0
-) -> dict[str, float]:
+def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(),
+                    movable=None, seed=0) -> dict[str, float]:  # fmt: skip
     """The attack ([VPD] section 6): {"20": the largest divergence met in 20 steps of sign ascent from random sources,
     "40", "80"}. The largest, not the last: steps of 0.1 overshoot, and can come down again.
 
@@ -585,9 +571,7 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
 
 # ---- 9  Reading a decomposition ([VPD] section 8) -------------------------------------------------------------------
 
-def cut_forward(
-    model, decomposition: Decomposition, masks: dict, batch: Tensor, embeddings=()
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def cut_forward(model, decomposition: Decomposition, masks: dict, batch: Tensor, embeddings=()) -> tuple:
     """A masked forward pass in which what each decomposed matrix and embedding *writes* is cut off from what it reads:
     the gradient with respect to a write is then its direct effect, not one through other decomposed matrices.
 
@@ -596,14 +580,12 @@ def cut_forward(
     also for a run in bfloat16: attributions are small differences."""
     U, V = decomposition.U, decomposition.V
     activations, writes = {}, {}
-
     def cut(path, module, args, output):
         if path in U:
             activations[path] = args[0] @ V[path] * U[path].norm(dim=-1)
             output = masked_linear(module, args[0], output, U[path], V[path], masks[path])
         writes[path] = output.detach().requires_grad_()
         return writes[path]
-
     with _hooked(model, (*embeddings, *U), cut):
         output = model(batch)
     return output, activations, writes
@@ -628,9 +610,8 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
             attributed[path] = torch.cat([parts, attributed[path] - parts.sum(-1, keepdim=True)], -1)
     return attributed
 
-def attribution_graph(
-    model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(), share: float = 0.0
-) -> dict:
+def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(),
+                      share: float = 0.0) -> dict:  # fmt: skip
     """The attribution graph of one input (1, T): who contributes directly to whom, and to outcome(output), a scalar of
     the last position. Masks: the importances g themselves, without Delta.
 
@@ -662,10 +643,8 @@ def attribution_graph(
                     edges.append({"source": source, "target": target, **sizes})
     return {"nodes": nodes, "edges": edges}
 
-def prune(
-    model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, price_per_node: float,
-    stochastic=True, adversarial=True, steps: int = 300, seed: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
+def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, price_per_node: float,
+          stochastic=True, adversarial=True, steps: int = 300, seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
     """Which of the subcomponents that are active on `batch` does one behaviour need? New causal importances, like g.
 
     They stay 0 where g is 0. Where g > 0 (a node) they start at g, and learn to keep loss(output), a scalar, low, at
@@ -746,11 +725,10 @@ def global_mean(tensors: list[Tensor]) -> None:
         dist.all_reduce(x)
         x /= processes()
 
-@torch.no_grad()
 def equalize(tensors: list[Tensor]) -> None:
     """Give all processes the values that process 0 has."""
     for x in tensors if processes() > 1 else []:
-        dist.broadcast(x, 0)
+        dist.broadcast(x.data, 0)
 
 def barrier() -> None:
     """Wait until all processes are here."""
@@ -781,8 +759,7 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
     process: this process's number, where several train together. U, V and G are equal in all of them."""
     device = next(iter(inputs.values())).device
     weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
-    # Weights, sources, data and noise each draw from a stream of their own
-    _, of_sources, of_data, of_noise = (config.seed + 1_000_003 * (4 * process + n) for n in range(4))
+    of_sources, of_data, of_noise = (config.seed + 1_000_003 * (4 * process + n) for n in (1, 2, 3))  # 0: of weights
     with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
         torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
         V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
@@ -814,13 +791,10 @@ def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds) -> tu
         elif rank() == 0:
             (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     now, saved = time.monotonic(), training.seconds
-
     def next_batch() -> Tensor:
-        new = get_batch(training.data)
-        shapes = f"{tuple(new.shape)}, the first had {tuple(batch.shape)}"
-        refuse(new.shape != batch.shape, f"batch {training.step} has shape {shapes}: give batches of one shape")
+        new, shape = get_batch(training.data), tuple(batch.shape)
+        refuse(new.shape != shape, f"batch {training.step} has shape {tuple(new.shape)}, not {shape}, as the first had")
         return new.to(device)
-
     def after_step(values: dict[str, float]) -> None:
         nonlocal now, saved
         before, now = now, time.monotonic()
@@ -833,7 +807,6 @@ def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds) -> tu
         if folder and due > 0:
             save_checkpoint(folder, training)
             saved = training.seconds
-
     return training, next_batch, after_step
 
 def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) -> dict[str, Tensor]:
@@ -1010,10 +983,9 @@ def log_step(values: dict[str, float], training: Training, config: Config, folde
 def draw_run(metrics: dict, log: Path, file: Path) -> None:
     """Left, the losses (without their weights) and L0 over the training, from log.jsonl. Right, the spectrum: all mean
     causal importances, sorted, per matrix; a cliff separates the alive from the dead."""
-    import matplotlib.pyplot as plt  # here, so that the method itself runs without it
-
+    from matplotlib.figure import Figure  # here, so that the method itself runs without it
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    left, right = (figure := Figure(figsize=(12, 4), layout="constrained")).subplots(1, 2)
     for name in [name for name in lines[0] if name not in ("step", "seconds") and not name.startswith("gradient")]:
         left.plot([line["step"] for line in lines], [line[name] for line in lines], label=name.replace("_", " "))
     for n, (path, matrix) in enumerate(metrics["matrices"].items()):
@@ -1026,4 +998,3 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
     left.legend(fontsize=8)
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110)
-    plt.close(figure)

@@ -180,7 +180,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(tmp_path, argumen
 
 def test_a_batch_of_another_shape_is_refused_and_the_checkpoint_kept(tmp_path):
     count = iter([32] * 4 + [31] * 9)
-    with pytest.raises(vpd.BadInput, match=r"batch 3 has shape \(31, 4\), the first had \(32, 4\)"):
+    with pytest.raises(vpd.BadInput, match=r"batch 3 has shape \(31, 4\), not \(32, 4\), as the first had"):
         decompose_net(tmp_path, get_batch=lambda generator: torch.randn(next(count), 4, generator=generator))
     assert steps_saved(tmp_path) == 3
 
