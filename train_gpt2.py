@@ -1087,7 +1087,7 @@ def compare(run: Run, folder: Path) -> str:
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-READINGS = {  # of a finished run, by the option that asks for it; each returns what is printed
+READINGS = {  # of a finished run, by the option that asks for it; each returns what is printed, for all options alike
     "report": lambda run, options: report(run),
     "circuit": lambda run, options: circuits(run, options.circuit, options.token),
     "attention": lambda run, options: attention(run, options.attention, options.prompt),

@@ -269,6 +269,10 @@ def test_a_gpu_preset_without_a_gpu_warns_in_one_line_and_runs(command, tmp_path
     assert "the preset gpu is for GPUs; on cpu it takes very long" in warning
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["speed"]["tokens_per_second"] * metrics["speed"]["seconds_per_step"] == pytest.approx(4 * 8)
+    command("--out", tmp_path / "run", "--report")  # a run in bfloat16 can be read
+    command("--out", tmp_path / "run", "--attention", "0", "--prompt", "a text")
+    command("--out", tmp_path / "run", "--circuit", "a text")
+    assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "circuit.png").exists()
 
 
 def test_the_preset_is_laptop_by_default_also_on_a_machine_with_a_gpu(command, tmp_path, monkeypatch):
