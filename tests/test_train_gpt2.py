@@ -270,7 +270,6 @@ def test_a_gpu_preset_without_a_gpu_warns_in_one_line_and_runs(command, tmp_path
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["speed"]["tokens_per_second"] * metrics["speed"]["seconds_per_step"] == pytest.approx(4 * 8)
     command("--out", tmp_path / "run", "--report")  # a run in bfloat16 can be read
-    command("--out", tmp_path / "run", "--attention", "0", "--prompt", "a text")
     command("--out", tmp_path / "run", "--circuit", "a text")
     assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "circuit.png").exists()
 
