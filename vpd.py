@@ -177,8 +177,14 @@ def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> 
 
 # ---- 3  Causal importance functions: who predicts the scores --------------------------------------------------------
 # Both turn the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, into raw scores
-# (..., sum C). `Config.G_type` says which is used. Both are made from shapes = {path: (d_in, C)} and the settings, and
-# called with the inputs, U and V: the MLPs do not use the settings, the transformer does not use U and V.
+# (..., sum C). `Config.G_type` says which is used. Both are made from shapes = {path: (d_in, C)} and the settings, of
+# which the MLPs use none, and are called with the inputs, U and V.
+
+def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
+    """||U_c|| V_c^T x of every subcomponent, (..., sum C), for inputs x of the matrices {path: (..., d_in)}."""
+    # ||U_c|| is detached: it sets the scale, and no loss shall move a score by resizing what is written. V_c is not
+    # detached: it is what the score detects. (Measured on two toys, either choice changes little.)
+    return torch.cat([x @ V[path] * U[path].detach().norm(dim=-1) for path, x in inputs.items()], -1)
 
 class ImportanceMLPs(nn.Module):
     """One tiny MLP (16 GELUs) per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
@@ -197,10 +203,7 @@ class ImportanceMLPs(nn.Module):
         self.w_out = nn.Parameter(torch.randn(C, hidden, 1) / hidden**0.5)
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
-        # ||U_c|| is detached: it sets the scale, and no loss shall move a score by resizing what is written. V_c is not
-        # detached: it is what the score detects. (Measured on two toys, either choice changes little.)
-        norms = {path: U[path].detach().norm(dim=-1) for path in inputs}  # (C,)
-        a = torch.cat([x @ V[path] * norms[path] for path, x in inputs.items()], -1)  # (..., sum C)
+        a = own_activations(inputs, U, V)  # (..., sum C)
         a_by_c = a.reshape(-1, a.shape[-1]).T[..., None]  # (sum C, positions, 1)
         h = F.gelu(torch.baddbmm(self.b_in, a_by_c, self.w_in.abs()))  # (sum C, positions, 16)
         z = torch.baddbmm(self.b_out, h, self.w_out.abs()).squeeze(-1).T.reshape(a.shape)  # (..., sum C)
@@ -233,7 +236,9 @@ class ImportanceBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 
 class ImportanceTransformer(nn.Module):
-    """One shared bidirectional transformer over all matrices' inputs (B, T, d_in) ([VPD] section 3)."""
+    """One shared bidirectional transformer over all matrices' inputs (B, T, d_in) ([VPD] section 3).
+    ours: what it says of a subcomponent is added to a learned multiple of the size of that one's own activation. A
+    fresh adversary reaches half as far (Config.G_activations)."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
         width = config.G_width
@@ -242,11 +247,13 @@ class ImportanceTransformer(nn.Module):
         self.blocks = nn.Sequential(*(ImportanceBlock(width, config.G_heads) for _ in range(config.G_blocks)))
         self.read_out = nn.Linear(width, sum(self.sizes))
         nn.init.constant_(self.read_out.bias, 0.5)  # every subcomponent starts half important
+        self.gain = nn.Parameter(torch.zeros(sum(self.sizes))) if config.G_activations else None
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
         x = torch.cat([F.rms_norm(x, x.shape[-1:]) for x in inputs.values()], -1)  # (B, T, sum d_in)
         x = self.blocks(self.project(x).float())  # under autocast a product is bfloat16, the residual stream float32
         with torch.autocast(x.device.type, enabled=False):  # 8 bits would be too few for g + (1 - g) = 1
-            return self.read_out(x)  # (B, T, sum C)
+            z = self.read_out(x)  # (B, T, sum C)
+        return z if self.gain is None else z + self.gain * own_activations(inputs, U, V).abs().float()
 
 def importance_function(V: dict[str, Tensor], config: Config) -> nn.Module:
     """A new causal importance function for matrices with the read directions V {path: (d_in, C)}."""
@@ -351,6 +358,7 @@ class Config:
     G_width: int = 128  # [2048] the transformer's width: more than the target's residual stream
     G_blocks: int = 2  # [8] the transformer's depth: 0.5 to 2 times the target's
     G_heads: int = 4  # [16] the transformer's attention heads
+    G_activations: bool = True  # [False] the transformer's scores see the size of their own activation, too
     bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs
 
 @dataclass
@@ -381,7 +389,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms. Raises
     BadInput if one of them is not finite, before U, V and G are changed.
 
-    Peak memory in bytes: 4 * positions * (16 * sum C + 6 * outputs per position), with the sources and their moments,
+    Peak memory in bytes: 4 * positions * (18 * sum C + 6 * outputs per position), with the sources and their moments,
     beside that of the model and of G. `global_sum` and `global_mean` (section 10) change nothing for one process."""
     U, V, G, sources = training.decomposition.U, training.decomposition.V, training.decomposition.G, training.sources
     UV, G_parameters = [*U.values(), *V.values()], list(G.parameters())
