@@ -143,9 +143,8 @@ def upper_leaky(z: Tensor) -> Tensor:
     """The hard sigmoid for the minimality losses: clamp(z, 0, 1), but with slope 0.01 above 1, any shape."""
     return z.clamp(0, 1) + 0.01 * (z - 1).clamp(min=0)
 
-# Scores, importances, sources and masks of all matrices stand side by side in one tensor: every operation on them is
-# done once, and not once per matrix. Scores have sum C columns. The others have K = sum (C + 1) columns: those of each
-# matrix, with Delta's after them.
+# Scores, importances, sources and masks of all matrices stand side by side in one tensor, so that an operation is done
+# once and not per matrix. Scores have sum C columns, the others K = sum (C + 1): after those of each matrix, Delta's.
 
 def by_path(x: Tensor, U: dict[str, Tensor]) -> dict[str, Tensor]:
     """(..., K) as {path: (..., C + 1)}; no numbers are copied."""
@@ -167,9 +166,8 @@ def make_masks(g: Tensor, sources: Tensor) -> Tensor:
 def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> None:
     """Subset routing ([VPD] section 4): each position draws k ~ Uniform{1..L}; a random k of L matrices stay masked.
 
-    The sources (..., K) of the others become 1, in place: so do their masks, which gives the target's own weight. So
-    one loss covers all cases between masking all matrices at once (do errors add up?) and one alone (is each of them
-    right by itself?)."""
+    The sources (..., K) of the others become 1, in place, and so do their masks: that is the target's own weight. So
+    one loss covers all cases from all matrices masked (do errors add up?) to one alone (is each right by itself?)."""
     L, positions, device = len(U), sources.shape[:-1], generator.device
     order = torch.rand(*positions, L, generator=generator, device=device).argsort(-1)  # (..., L), a random permutation
     k = torch.randint(1, L + 1, (*positions, 1), generator=generator, device=device)  # (..., 1)
@@ -396,7 +394,6 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     U, V, G, sources = training.decomposition.U, training.decomposition.V, training.decomposition.G, training.sources
     UV, G_parameters = [*U.values(), *V.values()], list(G.parameters())
 
-    # Schedules
     elapsed = training.step / config.steps
     cosine = 0.5 * (1 + math.cos(math.pi * elapsed))
     for optimizer, lr in zip(training.optimizers, (config.lr * (config.muon or 1), config.lr)):
@@ -417,7 +414,6 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
             loss = adversarial_reconstruction(model, U, V, g_leaf, batch, target, divergence, sources)
             ascend(training.ascent, sources, *torch.autograd.grad(loss, sources))
 
-        # What is minimised:
         # total = config.w_stochastic * loss_stochastic + config.w_adversarial * loss_adversarial
         #         + price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
         #         + config.w_delta * loss_delta
@@ -438,8 +434,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     loss_importance = importance_minimality(S, positions)
     loss_frequency = frequency_minimality(S, positions)
     loss_delta = delta_l2(model, U, V)
-    rest = price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
-    rest = rest + config.w_delta * loss_delta
+    minimality = config.w_importance * loss_importance + config.w_frequency * loss_frequency
+    rest = price_factor * minimality + config.w_delta * loss_delta
     torch.autograd.backward([rest, g], [None, g_leaf.grad], inputs=[*UV, *G_parameters])  # None: of a scalar, 1
     global_mean([x.grad for x in [*UV, *G_parameters]])
 
@@ -534,12 +530,11 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
 @torch.enable_grad()  # `evaluate` runs without gradients
 def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(),
                     movable=None, seed=0) -> dict[str, float]:  # fmt: skip
-    """The attack ([VPD] section 6): {"20": the largest divergence met in 20 steps of sign ascent from random sources,
-    "40", "80"}. The largest, not the last: steps of 0.1 overshoot, and can come down again.
+    """The attack ([VPD] section 6): {"20": the largest divergence in 20 steps of sign ascent from random sources, "40",
+    "80"}. Not the last: steps of 0.1 overshoot. cases: [(batch, target output, g), ...], attacked together.
 
-    cases: [(batch, target output, g), ...], attacked together. positions: () for ONE source per mask, shared by all
-    positions, which finds systematic flaws and not the noise of single inputs; the shape of the positions for one
-    source at each. movable: bools (*positions, K), what the adversary may move (default: all, also Delta's)."""
+    positions: () for ONE source per mask, shared by all positions, which finds systematic flaws and not the noise of
+    single inputs; the shape of the positions for one at each. movable: bools (*positions, K), by default all."""
     U, V, device, reached = decomposition.U, decomposition.V, cases[0][0].device, [-math.inf]
     cases, generator = [(*case, side_by_side(g)) for *case, g in cases], torch.Generator(device).manual_seed(seed)
     K = cases[0][2].shape[-1]
@@ -588,8 +583,7 @@ def cut_forward(model, decomposition: Decomposition, masks: dict, batch: Tensor,
     embeddings: paths of modules that write, but are not decomposed. Returns the output; the activations a_c =
     ||U_c|| V_c^T x, {path: (..., C)}; and the writes, {path: (..., d_out)}, in the order in which they run. In float32,
     also for a run in bfloat16: attributions are small differences."""
-    U, V = decomposition.U, decomposition.V
-    activations, writes = {}, {}
+    U, V, activations, writes = decomposition.U, decomposition.V, {}, {}
     def cut(path, module, args, output):
         if path in U:
             activations[path] = args[0] @ V[path] * U[path].norm(dim=-1)
@@ -606,9 +600,9 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
     The gradient of value at the write, times what c adds to the write, m_c a_c U_c / ||U_c||. The last column is of the
     bias and Delta. For an embedding: (..., 1). Where value is linear, without a constant, in what is written, they add
     up to it."""
-    if not value.requires_grad:  # nothing that learns, and nothing that writes, is in it
-        return {}
     attributed = {}
+    if not value.requires_grad:  # nothing that writes is in it
+        return attributed
     gradients = torch.autograd.grad(value, list(writes.values()), retain_graph=True, allow_unused=True)
     for (path, write), gradient in zip(writes.items(), gradients):
         if gradient is None:
@@ -667,9 +661,8 @@ def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Cal
     optimizer, generator = torch.optim.AdamW([z], lr=0.05, weight_decay=0), torch.Generator(device).manual_seed(seed)
     sources = torch.rand(z.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     ascent = start_adversary(sources, Config(adversary_lr=0.1))
-    for step in range(steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * cosine  # 20 steps of warm-up
+    for step in range(steps):  # 20 of warm-up
+        optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
         pruned = lower_leaky(z) * active
         random = torch.rand(z.shape, generator=generator, device=device)
         attack = torch.where(active, sources, random)
@@ -756,8 +749,7 @@ def rank_0_first():
 
 def finite_numbers(values: dict[str, Tensor], target: Tensor, step: int) -> dict[str, float]:
     """Scalars as numbers, the mean over all processes. Raises BadInput, which names the first that is not finite."""
-    stacked = torch.stack([x.detach() for x in values.values()])  # one synchronisation with the device for all
-    global_mean([stacked])
+    global_mean([stacked := torch.stack([x.detach() for x in values.values()])])  # all are synchronised at once
     numbers = dict(zip(values, stacked.tolist()))
     for name in [name for name, number in numbers.items() if not math.isfinite(number)]:
         name = name if target.isfinite().all() else "target model's output"
@@ -960,8 +952,7 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
 def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposition:
     """What a finished run found, from its checkpoint.pt, to be read and not to be trained on."""
     state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
-    G = importance_function(state["V"], config).to(device)
-    G.load_state_dict(state["G"])
+    (G := importance_function(state["V"], config).to(device)).load_state_dict(state["G"])
     return Decomposition(state["U"], state["V"], G, config.bf16)
 
 def progress(line: str, last: bool, milestone: bool) -> None:
@@ -1005,6 +996,5 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
     right.axhline(ALIVE, color="gray", linewidth=1, label=f"alive above {ALIVE:g}")
     left.set(yscale="log", xlabel="step", ylabel="loss, or L0", title="Losses and L0 over the training")
     right.set(yscale="log", xlabel="subcomponent, sorted", ylabel="mean importance (at least 1e-8)", title="Spectrum")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    left.legend(fontsize=8), right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110)
