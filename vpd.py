@@ -9,20 +9,20 @@ in any combination, without changing the output. In pseudo-code:
 
     for batch in data:
         target = model(batch)                            # on the way, x: the inputs of all matrices
-        g = G(x)                                         # causal importances in [0, 1], at each position
+        g = clamp(G(x), 0, 1)                            # causal importances, at each position
         r = random numbers, or an adversary's, in [0, 1] # sources
         m = g + (1 - g) * r                              # masks
         output = model(batch) with every W replaced by sum_c m_c U_c V_c^T + m_Delta Delta
         loss = difference(target, output)                # for the random r, and for the adversary's r
              + how many g are above 0, and how often     # few subcomponents matter, and each does one small thing
              + mean(Delta^2)                             # the subcomponents make up W
-        U, V and G step down the gradient of the loss; the adversary's r steps up
+        the adversary's r steps up the gradient of the loss; U, V and G step down
 
 One mask by hand: three subcomponents have importances g = (1, 0.8, 0) and sources r = (0.3, 0.25, 0.3). Their masks are
 m = (1, 0.85, 0.3). The first is needed: it stays whole, whatever its source. The second can lose at most a fifth of
 itself, here 0.8 + 0.2 * 0.25 = 0.85. The third is not needed: its mask is its source.
 
-Read from top to bottom. A learner can stop at the end of section 9:
+Read from top to bottom (named early: Config, of section 6, and BadInput, of section 10). A learner can stop after 9:
 
     1  Subcomponents: the forward pass with masked weights     6  Settings, and the training step: the heart
     2  From scores to masks                                    7  decompose: the warm-up and the loop
@@ -32,7 +32,7 @@ Read from top to bottom. A learner can stop at the end of section 9:
 
 Shapes: B = batch, T = length of a sequence, C = subcomponents of a matrix, L = number of decomposed matrices. "..."
 stands for all positions: (B, T), or (B,) for inputs without a sequence, where each is one position. K = sum of C + 1
-over all matrices (section 2). The key of every dict is the path of a matrix, as in `model.get_submodule(path)`.
+over all matrices (section 2). Dicts of tensors are keyed by the path of a matrix, as in `model.get_submodule(path)`.
 
 The method is that of "Interpreting Language Model Parameters" (Bushnaq et al., 2026), cited as [VPD]. It builds on
 "Stochastic Parameter Decomposition" (arXiv 2506.20790), cited as [SPD]. The tag `ours:` marks what departs from them.
@@ -117,7 +117,7 @@ def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Te
 # two of them, because two forces act on g, and each has to reach a score that has left [0, 1]:
 #   lower_leaky  is used in the masks. Reconstruction raises g: its gradient leaks through where z < 0.
 #   upper_leaky  is used in the minimality losses. They lower g: their gradient leaks through where z > 1.
-# "g" is lower_leaky(z), but in losses 3 and 4, where it is upper_leaky(z) and can exceed 1.
+# "g" means lower_leaky(z), except in losses 3 and 4: there upper_leaky(z), which can exceed 1.
 
 class _LowerLeaky(torch.autograd.Function):
     @staticmethod
@@ -156,8 +156,8 @@ def side_by_side(tensors: dict[str, Tensor]) -> Tensor:
 
 def causal_importances(z: Tensor, U: dict[str, Tensor]) -> Tensor:
     """Scores (..., sum C) to causal importances g (..., K) in [0, 1]. Those of Delta are 0, by definition."""
-    columns, delta = lower_leaky(z).split([len(u) for u in U.values()], -1), z.new_zeros(*z.shape[:-1], 1)
-    return torch.cat([x for of_matrix in columns for x in (of_matrix, delta)], -1)
+    delta = z.new_zeros(*z.shape[:-1], 1)
+    return torch.cat([x for g in lower_leaky(z).split([len(u) for u in U.values()], -1) for x in (g, delta)], -1)
 
 def make_masks(g: Tensor, sources: Tensor) -> Tensor:
     """m = g + (1 - g) r ([VPD] section 2), all (..., K); the sources r in [0, 1] are random, or an adversary's."""
@@ -189,7 +189,7 @@ class ImportanceMLPs(nn.Module):
     """One tiny MLP (16 GELUs) per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
     ours: the input is the activation ||U_c|| V_c^T x, and not V_c^T x. So a subcomponent whose weights have shrunk to
-    nothing sees nothing and stays off; otherwise it goes on firing a little on rare inputs.
+    nothing sees nothing, on any input; otherwise it goes on firing a little on rare ones.
     ours: all weights enter by their absolute values. So a score rises with the activation (but for the dip of GELU),
     and a subcomponent detects one sign of it; otherwise one often serves two features that point in almost opposite
     directions, which training cannot part again."""
@@ -237,8 +237,8 @@ class ImportanceBlock(nn.Module):
 
 class ImportanceTransformer(nn.Module):
     """One shared bidirectional transformer over all matrices' inputs (B, T, d_in) ([VPD] section 3).
-    ours: to each score it adds a learned multiple of the size of the subcomponent's own activation. A fresh adversary
-    reaches 0.32 instead of 0.70 on the laptop preset."""
+    ours: to each score it adds a learned multiple of the size of the subcomponent's own activation. On a small language
+    model (preset laptop) the attack of section 8 then reaches 0.32, not 0.70."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
         width, sum_C = config.G_width, sum(C for _, C in shapes.values())
@@ -251,7 +251,7 @@ class ImportanceTransformer(nn.Module):
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
         x = torch.cat([F.rms_norm(x, x.shape[-1:]) for x in inputs.values()], -1)  # (B, T, sum d_in)
         x = self.blocks(self.project(x).float())  # under autocast a product is bfloat16, the residual stream float32
-        with torch.autocast(x.device.type, enabled=False):  # 8 bits would be too few for g + (1 - g) = 1
+        with torch.autocast(x.device.type, enabled=False):  # scores in float32: bfloat16 has only 8 bits
             z = self.read_out(x)  # (B, T, sum C)
         return z if self.gain is None else z + self.gain * own_activations(inputs, U, V).abs().float()
 
@@ -279,7 +279,7 @@ def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Diverge
 
 def adversarial_reconstruction(model, U, V, g, batch, target, divergence: Divergence, sources) -> Tensor:
     """Loss 2. The divergence from the target for the adversary's sources (section 5); scalar. ours: all matrices are
-    masked, as [VPD]'s configuration has it; a sentence of its appendix says subset routing here, too."""
+    masked, as in [VPD]'s configuration; a sentence of its appendix has subset routing here, too."""
     return divergence(target, masked_forward(model, U, V, by_path(make_masks(g, sources), U), batch))
 
 def usage(z: Tensor, p: float) -> tuple[Tensor, int]:
@@ -340,7 +340,7 @@ class Config:
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
     warmup_steps: int = 400  # [400] of the warm-up that makes Delta small: Delta-L2 alone, U and V only, lr 1e-3
-    clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon forgets the norm, and hardly cares
+    clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: it can explode as p falls below 1 (toys: never did)
     # The weights of the five losses. A reconstruction loss with weight 0 is not computed.
     w_stochastic: float = 0.5  # [0.5]
@@ -348,12 +348,12 @@ class Config:
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
     w_delta: float = 0.5  # [1e7] too high: subcomponents do not merge (on tms_5-2, 100 times this left most alive)
-    price_start: float = 1.0  # [1] the price at step 0 is so many times higher, and falls geometrically; ours: without,
+    price_start: float = 1.0  # [1] a factor on the price at step 0, which falls geometrically to 1; ours: left at 1,
     # resid_mlp1 finds 15 % of its features, and with 120 all
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
     adversary_lr: float = 0.01  # [0.01] of the ascent on the sources, after a linear warm-up over 2.5 % of the run
-    adversary_steps: int = 2  # [2] inner ascent steps; one more comes free with the loss; 0 serve with a higher rate
+    adversary_steps: int = 2  # [2] inner ascent steps; the loss adds one; with a higher adversary_lr, 0 is enough
     G_type: str = "mlp"  # [transformer] "mlp" for inputs without a sequence, "transformer" for sequences
     G_width: int = 128  # [2048] the transformer's width: more than the target's residual stream
     G_blocks: int = 2  # [8] the transformer's depth: 0.5 to 2 times the target's
@@ -436,7 +436,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     loss_delta = delta_l2(model, U, V)
     minimality = config.w_importance * loss_importance + config.w_frequency * loss_frequency
     rest = price_factor * minimality + config.w_delta * loss_delta
-    torch.autograd.backward([rest, g], [None, g_leaf.grad], inputs=[*UV, *G_parameters])  # None: of a scalar, 1
+    torch.autograd.backward([rest, g], [None, g_leaf.grad], inputs=[*UV, *G_parameters])  # None means 1
     global_mean([x.grad for x in [*UV, *G_parameters]])
 
     # U, V and G step down. The adversary takes one more step up: the gradient of its loss was there anyway
@@ -462,9 +462,9 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
     model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
     get_batch(generator): a batch of inputs, all of one shape, drawn with nothing but the given CPU generator.
     divergence: `kl` or `mse`, or any function (target output, masked output) -> scalar, a mean over positions.
-    out: a folder (section 10) for run.json, log.jsonl and checkpoint.pt, written every `checkpoint_seconds` and at the
-        end. If it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with
-        equal threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
+    out: a folder (section 10) for run.json, log.jsonl, and every `checkpoint_seconds` and at the end checkpoint.pt. If
+        it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with equal
+        threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
     Raises BadInput before any training (see `check`, `claim_folder`, `load_checkpoint`), or if a batch has another
     shape than the first, or a loss is not finite."""
     training, next_batch, after_step = open_run(model, C, get_batch, config, out, checkpoint_seconds)
@@ -500,7 +500,7 @@ def predict_importances(model, decomposition: Decomposition, batch: Tensor) -> t
 def count_subcomponents(cases: list[tuple]) -> dict:
     """{"matrices": {path: counts}, "total": counts} on cases [(batch, target output, g), ...]. Counts: "C"; "alive":
     mean g above ALIVE; "l0": how many have g > 0 at a position, on average; "l0_above_0.1": g > 0.1; "l0_per_alive";
-    "mean_importance" (C,), of the matrices alone."""
+    "mean_importance" (C,), not in "total"."""
     matrices = {}
     for path in cases[0][2]:
         importances = [g[path][..., :-1].flatten(0, -2) for _, _, g in cases]  # (positions, C) of each case
@@ -555,8 +555,8 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
     """All figures that every decomposition reports, as a dict for JSON. batches: the evaluation set, of one shape.
 
     "matrices" and "total": see `count_subcomponents`. "divergence" from the target, by masking. "adversary": divergence
-    under a fresh adversary with one source per mask. "delta": the mean of Delta^2. With loss(batch, output) -> scalar,
-    the loss the target was trained on, also "loss", of "target" and by masking. Raises BadInput if shapes differ."""
+    under a fresh adversary with one source per mask. "delta": the mean of Delta^2. With loss(batch, output) -> scalar
+    (the target's training loss), also "loss": of "target", and by masking. Raises BadInput if shapes differ."""
     refuse(len({batch.shape for batch in batches}) != 1, "the evaluation batches differ in shape: give equal ones")
     U, V, bf16, device = decomposition.U, decomposition.V, decomposition.bf16, batches[0].device
     cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
@@ -715,7 +715,7 @@ def rank() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
 def global_sum(S: Tensor, positions: int) -> tuple[Tensor, int]:
-    """Both, summed over all processes. S's gradient is scaled by their number: gradients are averaged afterwards."""
+    """Both, summed over all processes. S's gradient is multiplied by their number: `global_mean` will divide by it."""
     total = S.detach().clone()
     if processes() > 1:
         dist.all_reduce(total)
@@ -950,7 +950,7 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
             os.truncate(folder / "log.jsonl", log_bytes)  # what follows the checkpoint will be logged again
 
 def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposition:
-    """What a finished run found, from its checkpoint.pt, to be read and not to be trained on."""
+    """What a run found, from its last checkpoint.pt, to be read and not to be trained on."""
     state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
     (G := importance_function(state["V"], config).to(device)).load_state_dict(state["G"])
     return Decomposition(state["U"], state["V"], G, config.bf16)
