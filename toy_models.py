@@ -117,7 +117,7 @@ class Toy:
             w_importance=1e-4 / self.features,
             w_frequency=2e-3 / self.features,
             price_start=7.5,
-            adversary_steps=0,  # ours: the ascent that comes with the loss is enough; half of the time is saved
+            adversary_steps=0,  # ours: the ascent that comes with the loss is enough
         )
         if self.identity:
             # An identity is needed, and paid for, whenever any feature is present. At the price above, that of

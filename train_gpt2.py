@@ -251,7 +251,7 @@ class Preset:
 
 COMMON = {"lr_final": 0.1, "p_end": 0.4, "G_type": "transformer"}  # as published
 PRESETS = {
-    "laptop": Preset(  # 12 to 30 minutes on two cores; many small steps beat few large ones (but not with batch=4)
+    "laptop": Preset(  # 6 to 15 minutes on two cores; many small steps beat few large ones (but not with batch=4)
         Shape(layers=2, width=64, heads=4, context=64, vocabulary=1024), batch=8, target_steps=10_000, target_lr=3e-3,
         C={"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
         # ours: adversary_steps=0, at four times the rate: the ascent that comes free with the loss is enough, and a
@@ -453,7 +453,10 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
     numbers = [(matrix, max(1, round(number * settings["C"]))) for matrix, number in preset.C.items()]
     C = {f"h.{i}.{matrix}": number for i in range(shape.layers) for matrix, number in numbers}
     if finished:  # whatever the number of processes that made it
-        decomposition = vpd.load_decomposition(out, config, device)
+        try:
+            decomposition = vpd.load_decomposition(out, config, device)
+        except RuntimeError:  # G has other parts
+            raise BadInput(f"{folder} was made by other code or another preset: make the run anew") from None
     else:
         decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, out, CHECKPOINT_SECONDS)
     return Run(folder, settings, preset, model, ids, tokenizer, record, decomposition, device)
@@ -1064,7 +1067,8 @@ def compare(run: Run, folder: Path) -> str:
     mine, its = run.model.state_dict(), other.model.state_dict()
     equal = mine.keys() == its.keys() and all(x.equal(its[name]) for name, x in mine.items())
     vpd.refuse(not equal, f"{folder} decomposes another target: make a run on this one's with --init-from {run.folder}")
-    both, kept, g = (run, other), (alive(run), alive(other)), (observe(run)[1], observe(other)[1])
+    its_text = replace(other, ids=run.ids, preset=run.preset)  # on the same text
+    both, kept, g = (run, other), (alive(run), alive(other)), (observe(run)[1], observe(its_text)[1])
     trained = vpd.similarity(*(
         vpd.Decomposition({path: u[mask[path]] for path, u in x.decomposition.U.items()},
                           {path: v[:, mask[path]] for path, v in x.decomposition.V.items()}, x.decomposition.G)
@@ -1152,11 +1156,11 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 def choose_precision(device: str) -> None:
-    """On a CPU that multiplies bfloat16 more than twice as fast as float32, round the factors of matrix products to it.
-    Their sums and everything else stay float32."""
+    """On a CPU with AVX-512 bfloat16, let oneDNN multiply: on an AMD EPYC twice as fast, and still in float32. Where the
+    processor has AMX it may round the factors to bfloat16 (not measured)."""
     if device == "cpu" and torch.cpu._is_avx512_bf16_supported():
         torch.set_float32_matmul_precision("medium")
-        torch.backends.cuda.enable_flash_sdp(False)  # also of the CPU, where it is ten times slower with such products
+        torch.backends.cuda.enable_flash_sdp(False)  # it is the CPU's, too, and ten times slower so
 
 def command(options: argparse.Namespace) -> None:
     """Make a run, go on with one, or read one. Raises BadInput."""

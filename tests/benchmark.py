@@ -5,8 +5,8 @@
     python tests/benchmark.py --against FOLDER         # the ratio to another checkout, which counts on a noisy machine
 
 Every case runs in a process of its own, which holds a target with random weights and takes steps when it is asked to.
-Its importances are shifted so that 1 in 20 is above 0, and stay so, as in a run after its first third. With --against, a process of
-either checkout takes 20 steps in turn, each with its own code and its own presets."""
+Its importances are shifted so that 1 in 20 is above 0, and stay so, as in a run after its first third. With --against,
+a process of either checkout takes 20 steps in turn, each with its own code and its own presets."""
 
 import argparse
 import json

@@ -426,6 +426,12 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
     assert len(active) == found["prunings"]["not pruned"]["nodes"]
 
 
+def test_means_are_weighted_within_and_over_matrices():
+    values = {"a": {"U": torch.tensor([1.0, 0.0])}, "b": {"U": torch.tensor([0.5])}}
+    means = gpt.weighted_means(values, {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([4.0])})
+    assert [means[path]["U"] for path in ("a", "b", "all")] == pytest.approx([0.75, 0.5, (3 + 2) / 8])
+
+
 def test_the_correlation_of_importances_against_numpy():
     torch.manual_seed(0)
     one, other = torch.rand(50, 3), torch.rand(50, 3)
@@ -452,6 +458,9 @@ def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_co
     found = json.loads((run.folder / "compare.json").read_text())
     same = [found[kind]["all"][part] for kind in ("trained", "weighted", "untrained") for part in ("U", "V", "product")]
     assert same == pytest.approx([1] * 9)  # with itself
+    kept, g = gpt.alive(run), gpt.observe(run)[1]
+    varies = torch.cat([g[path].float().flatten(0, 1)[:, kept[path]].std(0) > 0 for path in g]).float()
+    assert found["trained"]["all"]["function"] == pytest.approx(varies.mean().item(), abs=0.01)
     printed = command("--out", run.folder, "--compare", tmp_path / "half")
     found = json.loads((run.folder / "compare.json").read_text())
     assert 0 < found["untrained"]["all"]["product"] < 0.9

@@ -486,7 +486,8 @@ def test_evaluation_against_explicit_weights_and_counts():
         matrix = metrics["matrices"][p]
         assert matrix["mean_importance"] == pytest.approx(g[p][:, :-1].mean(0).tolist(), abs=1e-6)
         assert matrix["alive"] == sum(mean > 1e-6 for mean in g[p][:, :-1].mean(0).tolist())
-        assert matrix["l0"] == pytest.approx(sum(v > 0 for row in g[p][:, :-1].tolist() for v in row) / 16)
+        for threshold, key in ((0, "l0"), (0.1, "l0_above_0.1")):
+            assert matrix[key] == pytest.approx(sum(v > threshold for row in g[p][:, :-1].tolist() for v in row) / 16)
 
 
 def test_the_fresh_adversary_beats_chance_and_never_the_worst_corner():
