@@ -1156,8 +1156,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 def choose_precision(device: str) -> None:
-    """On a CPU with AVX-512 bfloat16, let oneDNN multiply: on an AMD EPYC twice as fast, and still in float32. Where the
-    processor has AMX it may round the factors to bfloat16 (not measured)."""
+    """On a CPU with AVX-512 bfloat16, let oneDNN multiply: on an AMD EPYC twice as fast, and still in float32. Where
+    the processor has AMX, it may round the factors to bfloat16 (not measured)."""
     if device == "cpu" and torch.cpu._is_avx512_bf16_supported():
         torch.set_float32_matmul_precision("medium")
         torch.backends.cuda.enable_flash_sdp(False)  # it is the CPU's, too, and ten times slower so
