@@ -1,5 +1,6 @@
 """Toy models: the score against decompositions whose quality is known, the command, and a short real recovery."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -17,24 +18,24 @@ def test_the_score_of_the_true_mechanisms_is_perfect_and_of_others_is_not():
     torch.manual_seed(0)
     columns = torch.randn(3, 5)  # (M, N)
     truth = torch.stack([columns * (torch.arange(5) == j) for j in range(5)])
-    assert toy_models.superposition_score(columns, truth) == pytest.approx({"mmcs": 1.0, "ml2r": 1.0, "represented": 5}, rel=1e-5)
-    half = toy_models.superposition_score(columns, truth / 2)
+    assert toy_models.superposition_score(columns, truth)[0] == pytest.approx({"mmcs": 1.0, "ml2r": 1.0, "true": 5}, rel=1e-5)
+    half, _ = toy_models.superposition_score(columns, truth / 2)
     assert half["mmcs"] == pytest.approx(1.0) and half["ml2r"] == pytest.approx(0.5)
     # without the mechanism of one feature, that feature has nothing to match
-    missing = toy_models.superposition_score(columns, truth[1:])
+    missing, _ = toy_models.superposition_score(columns, truth[1:])
     assert missing["mmcs"] == pytest.approx(0.8) and missing["ml2r"] == pytest.approx(0.8)
     # two features a and b in one rank-one subcomponent: the cosine is that with the direction they share
     u, v = columns[:, 0] + columns[:, 1], torch.tensor([1.0, 1, 0, 0, 0])
-    shared = toy_models.superposition_score(columns, torch.cat([truth[2:], torch.outer(u, v)[None]]))
+    shared, _ = toy_models.superposition_score(columns, torch.cat([truth[2:], torch.outer(u, v)[None]]))
     cosines = [max(0, torch.dot(columns[:, j], u) / columns[:, j].norm() / u.norm()) for j in (0, 1)]  # 0: another's empty column
     assert shared["mmcs"] == pytest.approx((3 + float(sum(cosines))) / 5, rel=1e-5)
-    assert toy_models.superposition_score(columns, truth[:0])["mmcs"] == 0
+    assert toy_models.superposition_score(columns, truth[:0])[0]["mmcs"] == 0
 
 
 def test_features_that_the_target_does_not_represent_are_not_scored():
     columns = torch.eye(3, 4)  # the fourth column is zero
     parts = torch.stack([columns * (torch.arange(4) == j) for j in range(3)])
-    assert toy_models.superposition_score(columns, parts) == pytest.approx({"mmcs": 1.0, "ml2r": 1.0, "represented": 3})
+    assert toy_models.superposition_score(columns, parts)[0] == pytest.approx({"mmcs": 1.0, "ml2r": 1.0, "true": 3})
 
 
 def test_a_feature_is_recovered_only_by_one_subcomponent_that_serves_no_other():
@@ -71,13 +72,14 @@ def test_the_published_residual_mlps_have_the_size_and_density_of_the_paper(laye
 
 
 def test_features_are_present_with_their_density_and_range():
-    x = toy_models.feature_batch(20_000, 5, 0.05, -1.0, torch.Generator().manual_seed(0))
-    present = x[x != 0]
-    assert abs(len(present) / x.numel() - 0.05) < 0.003
-    assert present.min() < -0.99 and present.max() > 0.99 and abs(present.mean()) < 0.03
+    for name, least, density in (("tms_5-2", 0.0, 0.05), ("resid_mlp1", -1.0, 1 / 40)):
+        x = toy_models.parse_name(name).batch(torch.Generator().manual_seed(0), 20_000)
+        present = x[x != 0]
+        assert abs(len(present) / x.numel() - density) < 0.003
+        assert abs(present.min() - least) < 0.01 and present.max() > 0.99 and abs(present.mean() - (1 + least) / 2) < 0.03
 
 
-@pytest.mark.parametrize("name", ["tms", "tms_5", "tms_2-5", "tms_5-0", "resid_mlp4", "gpt2"])
+@pytest.mark.parametrize("name", ["tms", "tms_5", "tms_2-5", "resid_mlp4", "gpt2", "induction_8", "induction_3-9", "induction_4-5-5"])
 def test_an_unknown_model_is_refused_and_those_there_are_listed(name, tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, name, "--out", tmp_path / "run"], capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "run").exists()
@@ -97,10 +99,12 @@ def test_a_folder_of_another_toy_run_is_refused(tmp_path):
 def test_the_default_run_finds_the_five_mechanisms_of_tms_5_2(tmp_path):
     torch.set_num_threads(1)
     toy = toy_models.parse_name("tms_5-2")
-    model, _ = toy_models.target_of_run(toy, 0, toy.target_steps(False), tmp_path, "cpu")
+    model, _ = toy_models.target_of_run(toy, 0, 10_000, tmp_path, "cpu")
     decomposition = vpd.decompose(model, toy.C(), toy.batch, vpd.mse, toy.config(0))
-    metrics = vpd.evaluate(model, decomposition, [toy.batch(torch.Generator().manual_seed(1), 4_000)], vpd.mse)
-    drawn = toy_models.score(toy, model, decomposition, metrics)
+    data = toy.batch(torch.Generator().manual_seed(1), 4_000)
+    metrics = vpd.evaluate(model, decomposition, [data], vpd.mse)
+    drawn = toy_models.score(toy, model, decomposition, data, metrics)
+    assert metrics["groups"] == {"found": 5, "true": 5, "exact": 5}  # of a feature its parts of W and of W^T
     for path in ("W", "WT"):
         assert metrics["matrices"][path]["alive"] == 5 and metrics["matrices"][path]["mmcs"] > 0.98
         _, probe = drawn[path]
@@ -108,3 +112,83 @@ def test_the_default_run_finds_the_five_mechanisms_of_tms_5_2(tmp_path):
     # and the maskings are ordered as they must be: nothing ablated best, everything ablated worst
     d = metrics["divergence"]
     assert d["unmasked"] < d["stochastic"] < d["g"] < d["ablated"] / 5
+
+
+# ---- induction: the truth is known in weights and in importances ------------------------------------------------------
+
+
+def second_places(ids):
+    """(position, first place of its token) of every token that was there before, in one sequence."""
+    return [(t, s) for t in range(len(ids)) for s in range(1, t) if ids[s] == ids[t]]
+
+
+@pytest.mark.parametrize("name, right", [("induction", 1.0), ("induction_5-9", 1.0), ("induction_16-9-12", 0.9)])
+def test_the_induction_transformer_copies_what_followed_the_last_time_and_else_predicts_nothing(name, right):
+    torch.manual_seed(0)
+    toy = toy_models.parse_name(name)
+    model, ids = toy.model(), toy.batch(torch.Generator().manual_seed(0), 200)
+    logits, copies = model(ids).detach(), []
+    for sequence, at in zip(ids.tolist(), logits):
+        second = dict(second_places(sequence))
+        assert len(set(second.values())) == len(second)  # no token stands more than twice
+        copies += [int(at[t].argmax()) == sequence[s + 1] for t, s in second.items()]
+        for t in set(range(len(sequence))) - set(second):
+            assert right < 1 or at[t].abs().max() < 0.7  # vectors in superposition overlap, and err
+    assert len(copies) > 100 and sum(copies) / len(copies) >= right
+
+
+def planted(model):
+    """A decomposition into the true mechanisms: U {path: (n, d_out)}, V {path: (d_in, n)}, by singular vectors."""
+    U, V = {}, {}
+    for path, parts in toy_models.mechanisms(model).items():
+        left, values, right = torch.linalg.svd(parts)
+        assert (values[:, 1:] < 1e-6).all()  # each is of rank one
+        assert torch.allclose(parts.sum(0), model.get_submodule(path).weight)
+        U[path], V[path] = left[:, :, 0] * values[:, :1], right[:, 0].T
+    return U, V
+
+
+def test_the_mechanisms_of_induction_are_needed_where_it_is_said_and_nowhere_else():
+    """Brute force: ablate all that is not needed, and nothing happens; then any one that is, and the copy is lost."""
+    toy = toy_models.parse_name("induction")
+    model, ids = toy.model(), toy.batch(torch.Generator().manual_seed(0), 64)
+    U, V = planted(model)
+    masks = {path: torch.zeros(*ids.shape, len(u) + 1) for path, u in U.items()}
+    for path, (_, place) in toy_models.needed(ids).items():
+        masks[path][place] = 1.0
+    with torch.no_grad():
+        target = model(ids).log_softmax(-1)
+        kept = vpd.masked_forward(model, U, V, masks, ids).log_softmax(-1)
+        assert (target.exp() * (target - kept)).sum(-1).max() < 0.05
+        for path, (_, (sequence, position, mechanism)) in toy_models.needed(ids).items():
+            for b, t, n in list(zip(sequence.tolist(), position.tolist(), mechanism.tolist()))[:20]:
+                one_less = {p: m.clone() for p, m in masks.items()}
+                one_less[path][b, t, n] = 0.0
+                lost = vpd.masked_forward(model, U, V, one_less, ids)[b].log_softmax(-1)
+                assert (target[b].exp() * (target[b] - lost)).sum(-1).max() > 0.2, (path, b, t, n)
+
+
+def test_a_decomposition_that_was_found_shows_the_induction_path_and_nothing_else():
+    torch.set_num_threads(1)
+    toy = toy_models.parse_name("induction_4-5")
+    torch.manual_seed(0)
+    model = toy.model().eval()
+    config = dataclasses.replace(toy.config(0), steps=1500)
+    decomposition = vpd.decompose(model, toy.C(), toy.batch, vpd.kl, config)
+    checked = 0
+    for ids in toy.batch(torch.Generator().manual_seed(1), 40):
+        second = second_places(ids.tolist())
+        if len(second) != 1 or second[0][0] != len(ids) - 1:
+            continue  # one copy, at the last position
+        (t, s), checked = second[0], checked + 1
+        token = int(ids[s + 1])
+        _, g = vpd.predict_importances(model, decomposition, ids[None])
+        outcome = lambda logits: logits[0, -1, token] - logits[0, -1].mean()
+        graph = vpd.attribution_graph(model, decomposition, g, ids[None], outcome)
+        places = [(node["matrix"].removeprefix("layers."), node["position"]) for node in graph["nodes"]]
+        edges = {(places[edge["source"]], places[edge["target"]]) for edge in graph["edges"]}
+        o0, o1 = ("0.o", s + 1), ("1.o", t)
+        before = {(("0.q", s + 1), o0), (("0.k", s), o0), (("0.v", s), o0), (o0, ("1.k", s + 1))}
+        after = {(("1.q", t), o1), (("1.k", s + 1), o1), (("1.v", s + 1), o1), (o1, ("outcome", t))}
+        assert edges == before | after
+    assert checked >= 5
