@@ -178,9 +178,9 @@ class Toy:
             new = {"w_importance": 1e-5 / self.features, "w_frequency": 2e-4 / self.features, "price_start": 120.0}
             config = dataclasses.replace(config, lr=0.07 / self.dimensions**0.5, **new)
         if self.length:
-            # price_start: with 8, two positions often come to share a subcomponent; with 2, more are on than need be
+            # price_start: from 4 on, two mechanisms often come to share a subcomponent; at 2, more are on than need be
             new = {"lr": 0.005, "muon": 4.0, "w_importance": 3e-4, "w_frequency": 3e-4, "w_delta": 3.0, "steps": 8000}
-            config = dataclasses.replace(config, price_start=4.0, G_type="transformer", G_width=64, **new)
+            config = dataclasses.replace(config, price_start=3.0, G_type="transformer", G_width=64, **new)
         return dataclasses.replace(config, **{f"w_{loss}": 0.0 for loss in without})
 
     def C(self) -> dict[str, int]:
