@@ -461,6 +461,11 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, out, CHECKPOINT_SECONDS)
     return Run(folder, settings, preset, model, ids, tokenizer, record, decomposition, device)
 
+def load(folder: str | Path, device: str = "cpu") -> Run:
+    """A finished run, to work with in Python: its model, decomposition, tokenizer, corpus (`ids`). Raises BadInput."""
+    choose_precision(device)
+    return open_run(chosen_settings({}, Path(folder), False, True), Path(folder), device)
+
 # ---- The evaluation, stage 3 ----------------------------------------------------------------------------------------
 
 def compute_recovered(curve: list, ce: float) -> float:
@@ -660,18 +665,43 @@ def described(run: Run, part: dict) -> str:
     moves = "; raises " + " ".join(shown(run, token) for token in part["moves"][:4]) if part["moves"] else ""
     return f"{part['matrix'] + ':' + str(part['c']):18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{moves}"
 
+def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
+    """Groups of alive subcomponents that are active together (`vpd.cluster`, g > 0.01), on ids (N, T), g {path: (N, T,
+    C)}. Writes groups.json: "found"; "span": how many have members in several layers; "bits_before", "bits_after": per
+    token; "groups": [{"members": ["MATRIX:NUMBER", ...], "active": share of positions, "by", "tokens"}, ...], the
+    largest first. What members have in common are the commonest tokens where they are active, see `clearness`."""
+    kept, sides = alive(run), neighbourhood(ids, run.preset.shape.vocabulary)
+    names = [f"{path}:{c}" for path, mask in kept.items() for c in mask.nonzero()[:, 0].tolist()]
+    active = torch.cat([g[path][..., mask] for path, mask in kept.items()], -1) > 0.01  # (N, T, alive)
+    found, groups = vpd.cluster(active), []
+    for columns in sorted(found["groups"], key=len, reverse=True):
+        where = active[..., columns].any(-1)
+        _, by, tokens = clearness(sides, where)
+        group = {"members": [names[c] for c in columns], "active": where.float().mean().item()}
+        groups.append(group | {"by": by, "tokens": tokens})
+    span = sum(len({name.split(".")[1] for name in group["members"]}) > 1 for group in groups)
+    result = found | {"found": len(groups), "span": span, "groups": groups}
+    with vpd.replacing(run.folder / "groups.json") as file:
+        file.write(json.dumps(result, indent=1).encode())
+    return result
+
 def report(run: Run) -> str:
     """Write report.html, and return the clearest subcomponents as text for the terminal, two of each matrix at most."""
     ids, g, a = observe(run)
     parts, generator = describe_all(run, ids, g, a), torch.Generator().manual_seed(0)
+    groups = components(run, ids, g)
+    group_of = {name: n for n, group in enumerate(groups["groups"]) for name in group["members"]}
     kept = [part for part in parts if part["place"] < KEPT]
     for part in vpd.with_progress(kept, "examples"):
         importance, activation = (x[part["matrix"]][..., part["c"]] for x in (g, a))
         part["examples"] = examples(ids, importance.float(), activation.float(), importance > FIRES, generator)
+        part["group"] = group_of.get(f"{part['matrix']}:{part['c']}", -1)  # -1: its mean importance is too low
     lost = len(parts) - len(kept)
     left_out = f"{lost} of {len(parts)} are left out: of each matrix the clearest {KEPT} are here." if lost else ""
     vocabulary = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in range(run.preset.shape.vocabulary)]
-    data = json.dumps({"vocabulary": vocabulary, "parts": kept}, separators=(",", ":"), allow_nan=False)
+    several = [group for group in groups["groups"] if len(group["members"]) > 1]
+    data = {"vocabulary": vocabulary, "parts": kept, "groups": several}
+    data = json.dumps(data, separators=(",", ":"), allow_nan=False)
     pictures = [base64.b64encode((run.folder / name).read_bytes()) for name in ("masking.png", "training.png")]
     images = "".join(f'<img src="data:image/png;base64,{picture.decode()}">' for picture in pictures)
     page = PAGE.replace("@@TABLE@@", html.escape(table(json.loads((run.folder / "metrics.json").read_text()))))
@@ -680,7 +710,9 @@ def report(run: Run) -> str:
     with vpd.replacing(run.folder / "report.html") as file:
         file.write(page.encode())
     lines = [f"clearness {part['clearness']:.2f}  {described(run, part)}" for part in kept if part["place"] < 2]
-    return "\n".join([*lines[:20], f"the page is {run.folder / 'report.html'}", left_out]).rstrip()
+    lines = [*lines[:20], "groups: {found}, {span} of them over several layers; to say what is active at a token takes "
+             "{bits_before:.0f} bits by subcomponent, {bits_after:.0f} by group".format(**groups)]  # fmt: skip
+    return "\n".join([*lines, f"the page is {run.folder / 'report.html'}", left_out]).rstrip()
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>The parts of a language model</title><style>
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222 }
@@ -698,7 +730,9 @@ importance exceeds 0.1: there it cannot be ablated without changing the output, 
 <em>Clearness</em>: of the positions where it fires, the share with one of the three commonest tokens there (this one,
 the one before or the one after), less the share of these tokens in all text, and less if it fires rarely.
 <em>Raises</em>: tokens whose logits its write direction raises most. Click a row for examples: orange = causal
-importance, underline = activation (blue positive, red negative). @@LEFT_OUT@@</p>
+importance, underline = activation (blue positive, red negative). <em>Group</em>: parts that are active together, found
+by minimum description length; search for "group 3" to see its parts. @@LEFT_OUT@@</p>
+<details><summary>The groups, by what their parts have in common</summary><table id="groups"></table></details>
 <p><input id="search" placeholder="search: a matrix (h.1.mlp), a part (h.1.attn.q:3) or a token" autofocus>
 <span id="count"></span></p><table><thead><tr id="head"></tr></thead><tbody id="body"></tbody></table><p>
 <button id="more">more</button></p><script type="application/json" id="data">@@DATA@@</script><script>
@@ -706,12 +740,13 @@ const get = id => document.getElementById(id), data = JSON.parse(get('data').tex
 const visible = text => text.replace(/\\n/g, '\\u23ce\\n').replace(/\\t/g, '\\u2192\\t')
 const name = p => p.matrix + ':' + p.c, columns = [['part', p => p.matrix + ':' + String(p.c).padStart(5)],
   ['fires on', p => p.density], ['importance', p => p.importance], ['clearness', p => p.clearness],
-  ['where it fires', p => p.by], ['raises', p => p.moves.length]]
+  ['group', p => p.group], ['where it fires', p => p.by], ['raises', p => p.moves.length]]
 function element(tag, text, parent, style = '') {
   const e = document.createElement(tag); e.textContent = text; e.className = style; parent.append(e); return e
 }
 for (const p of data.parts)
-  p.text = [name(p), ...p.tokens.map(t => words[t[0]]), ...p.moves.map(t => words[t])].join('\\n').toLowerCase()
+  p.text = [name(p), 'group ' + p.group + ';', ...p.tokens.map(t => words[t[0]]), ...p.moves.map(t => words[t])]
+    .join('\\n').toLowerCase()
 let sorted = 3, up = false, limit = 100
 columns.forEach(([title], i) => element('th', title, get('head')).onclick =
   () => { up = sorted == i ? !up : i == 0; sorted = i; draw() })
@@ -723,7 +758,8 @@ function draw() {
   get('more').hidden = found.length <= limit; body.replaceChildren()
   for (const p of found.slice(0, limit)) {
     const row = element('tr', '', body, 'row'), percent = (100 * p.density).toPrecision(2) + ' %'
-    for (const text of [name(p), percent, p.importance.toFixed(2), p.clearness.toFixed(2)]) element('td', text, row)
+    for (const text of [name(p), percent, p.importance.toFixed(2), p.clearness.toFixed(2), p.group < 0 ? '' : p.group])
+      element('td', text, row)
     const where = element('td', p.by + ': ', row), moves = element('td', '', row)
     for (const [token, share] of p.tokens)
       where.append(element('code', visible(words[token]), where), Math.round(100 * share) + ' % ')
@@ -745,6 +781,16 @@ function examples(p, row) {
   }
   return opened
 }
+data.groups.forEach((group, n) => {
+  const row = element('tr', '', get('groups'), 'row')
+  for (const text of ['group ' + n, group.members.length + ' parts', (100 * group.active).toPrecision(2) + ' %'])
+    element('td', text, row)
+  const where = element('td', group.by + ': ', row)
+  for (const [token, share] of group.tokens)
+    where.append(element('code', visible(words[token]), where), Math.round(100 * share) + ' % ')
+  element('td', group.members.join(' '), row)
+  row.onclick = () => { get('search').value = 'group ' + n + ';'; limit = 100; draw() }
+})
 get('search').oninput = () => { limit = 100; draw() }; get('more').onclick = () => { limit += 400; draw() }; draw()
 </script>"""
 

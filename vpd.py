@@ -695,7 +695,7 @@ def cluster(active: Tensor, alpha: float = 3.0) -> dict:
     "bits_before", "bits_after": the mean cost of a position with all alone, and of the result}."""
     active = active.flatten(0, -2)
     groups = [[c] for c in active.any(0).nonzero()[:, 0].tolist()]
-    active = active[:, active.any(0)]  # (positions, k)
+    active = active[:, active.any(0)]  # (positions, k), a copy
     both = (active.double().T @ active.double()).float()  # both[i, j]: where i and j are active; s = both[i, i]
     rank = torch.ones(len(groups), device=active.device)  # members of each group
     costs, best = [], []
@@ -711,10 +711,11 @@ def cluster(active: Tensor, alpha: float = 3.0) -> dict:
         written = alpha * (s[:, None] * rank + rank[:, None] * s)
         change = written - both * (math.log2(k - 1) + alpha * (rank[:, None] + rank))
         i, j = sorted(divmod(int(change.fill_diagonal_(math.inf).argmin()), k))
-        rest = torch.arange(k, device=active.device) != j
-        groups[i], rank[i] = groups[i] + groups.pop(j), rank[i] + rank[j]
+        groups[i], rank[i] = groups[i] + groups[j], rank[i] + rank[j]
         active[:, i] |= active[:, j]
-        active, rank, both = active[:, rest], rank[rest], both[rest][:, rest]
+        groups[j], rank[j], active[:, j] = groups[-1], rank[-1], active[:, -1]  # the last takes the place of j
+        both[j], both[:, j] = both[-1], both[:, -1]
+        groups, rank, active, both = groups[:-1], rank[:-1], active[:, :-1], both[:-1, :-1]
         both[i] = both[:, i] = active[active[:, i]].sum(0)
     best = [group for _, group in sorted(best, reverse=True)]
     before, after = (cost / max(1, len(active)) for cost in ([*costs[:1], min(costs)] if costs else (0.0, 0.0)))

@@ -59,8 +59,9 @@ def decomposed(run, out: Path, name: str, C: float = 1, **changes) -> tuple[vpd.
 def headline(metrics: dict) -> dict:
     """The figures that the tables show."""
     kl, total, ce = metrics["divergence"], metrics["total"], metrics["loss"]
-    figures = {"KL stochastic": kl["stochastic"], "KL rounded": kl["rounded_0"], "adversary": metrics["adversary"]["80"]}
-    figures |= {"CE rounded": ce["rounded_0"] - ce["target"], "L0": total["l0"], "L0 above 0.1": total["l0_above_0.1"]}
+    figures = {"KL stochastic": kl["stochastic"], "KL rounded": kl["rounded_0"]}
+    figures |= {"adversary": metrics["adversary"]["80"], "CE rounded": ce["rounded_0"] - ce["target"]}
+    figures |= {"L0": total["l0"], "L0 above 0.1": total["l0_above_0.1"]}
     return figures | {"alive": total["alive"], "delta": metrics["delta"]}
 
 def agreement(one: tuple, other: tuple) -> dict[str, float]:
@@ -138,7 +139,7 @@ def frontier(run, out: Path):
     figure, (axis,) = axes("five prices, one target")
     for key in ("KL stochastic", "KL rounded", "adversary"):
         axis.plot([row["L0"] for row in rows.values()], [row[key] for row in rows.values()], marker="o", label=key)
-    axis.set(xlabel="L0: subcomponents with g > 0 at a position", ylabel="KL from the target (nats)", xscale="log", ylim=0)
+    axis.set(xlabel="L0: g > 0 at a position", ylabel="KL from the target (nats)", xscale="log", ylim=0)
     axis.legend(fontsize=8)
     return rows, {}, figure
 
@@ -158,7 +159,7 @@ class Transcoder(nn.Module):
         return self.decode(a * on if sources is None else a * (on + (1 - on) * sources))
 
 def train_transcoder(run, layer: int, latents: int, k: int, lr: float, steps: int, seed: int) -> Transcoder:
-    """Fit a transcoder to the MLP of a layer: mean squared error, Adam, cosine, as many positions as a decomposition sees.
+    """Fit a transcoder to the MLP of a layer: mean squared error, Adam, cosine, as many positions as a run sees.
     A latent that was off for 20,000 positions is helped: the largest 32 of these are fitted to what is left over."""
     torch.manual_seed(seed)
     coder, path = Transcoder(run.model.shape.width, latents, k).to(run.device), f"h.{layer}.mlp"
@@ -211,7 +212,7 @@ def judged(run, forward, attacked: float) -> dict[str, float]:
     return {"KL": kl, "CE": ce, "attacked": attacked}
 
 def attack_transcoders(run, coders: dict[str, Transcoder]) -> float:
-    """The largest KL in 80 steps of sign ascent on what is added back of latents that are not on: one source for each."""
+    """The largest KL in 80 steps of sign ascent on what is added back of latents that are off, one source each."""
     generator = torch.Generator().manual_seed(0)
     sources = {path: torch.rand(len(c.fired), generator=generator).requires_grad_() for path, c in coders.items()}
     largest = 0.0
@@ -224,7 +225,8 @@ def attack_transcoders(run, coders: dict[str, Transcoder]) -> float:
 
 def mlps_masked(run, decomposition, layers) -> tuple[dict, float]:
     """The decomposition with only the MLPs of some layers masked, rounded (1 where g > 0, else 0): its figures, and how
-    many subcomponents are on at a position, the mean over these layers. The adversary adds back what is off, and Delta."""
+    many subcomponents are on at a position, the mean over these layers. The adversary adds back what is off, and
+    Delta."""
     paths, on = [f"h.{i}.mlp.{m}" for i in layers for m in ("up", "down")], 0.0
     def masks(batch, delta):
         _, g = vpd.predict_importances(run.model, decomposition, batch)
@@ -292,8 +294,8 @@ def transcoders(run, out: Path):
     return rows, {}, figure
 
 def seeds(run, out: Path):
-    """How much of what one seed finds does another find? [VPD], five seeds: U 0.48, V 0.52, product 0.28; transcoders 0.35
-    to 0.81."""
+    """How much of what one seed finds does another find? [VPD], five seeds: U 0.48, V 0.52, product 0.28; transcoders
+    0.35 to 0.81."""
     first = run.preset.config.seed
     found = [decomposed(run, out, "run"), *(decomposed(run, out, f"seed {s}", seed=s) for s in (first + 1, first + 2))]
     coders = [best_transcoders(run, out, 16, seed) for seed in range(3)]
@@ -330,7 +332,7 @@ def sizes(run, out: Path):
     return rows, {}, figure
 
 def attack(run, out: Path):
-    """How far does a stronger attack get? [VPD], 20, 40, 80, 160, 320 steps: 0.83, 1.35, 3.84, 25, 40; all ablated 67."""
+    """How far does a longer attack get? [VPD], 20, 40, 80, 160, 320 steps: 0.83, 1.35, 3.84, 25, 40; all ablated 67."""
     which = {"run": decomposed(run, out, "run")[0]}
     which["no adversary"] = decomposed(run, out, "no adversarial", w_adversarial=0.0)[0]
     rows, curves = {}, {}
@@ -384,8 +386,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="default: runs/evidence")
     options = parser.parse_args()
     try:
-        train_gpt2.choose_precision("cpu")
-        run = train_gpt2.open_run(train_gpt2.chosen_settings({}, options.source, False, True), options.source, "cpu")
+        run = train_gpt2.load(options.source)
         options.out.mkdir(parents=True, exist_ok=True)
         rows, more, figure = CLAIMS[options.claim](run, options.out)
     except vpd.BadInput as error:

@@ -3,8 +3,10 @@
 import functools
 import json
 import math
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -450,6 +452,20 @@ def test_the_page_holds_every_part_that_fires_and_no_token_breaks_it(run):
     assert len(page) < 10_000_000 and "http" not in page and "left out" not in page + text
 
 
+def test_the_groups_of_a_run_hold_every_alive_part_once_and_stand_on_the_page(run):
+    gpt.report(run)
+    result = json.loads((run.folder / "groups.json").read_text())
+    alive = {f"{path}:{c}" for path, mask in gpt.alive(run).items() for c in mask.nonzero()[:, 0].tolist()}
+    members = [name for group in result["groups"] for name in group["members"]]
+    assert len(members) == len(set(members)) and set(members) <= alive
+    assert result["found"] == len(result["groups"]) and result["bits_after"] <= result["bits_before"]
+    page = (run.folder / "report.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    for part in data["parts"]:
+        name = f"{part['matrix']}:{part['c']}"
+        assert part["group"] == -1 or name in result["groups"][part["group"]]["members"]
+
+
 def test_a_page_with_too_many_parts_keeps_the_clearest_and_says_how_many_it_leaves_out(run, monkeypatch):
     everything = {(part["matrix"], part["c"]): part["clearness"] for part in gpt.describe_all(run, *gpt.observe(run))}
     monkeypatch.setattr(gpt, "KEPT", 2)
@@ -489,6 +505,15 @@ def test_the_correlation_of_importances_against_numpy():
     for c in (0, 2):
         assert found[c].item() == pytest.approx(np.corrcoef(one[:, c], other[:, c])[0, 1], abs=1e-5)
     assert found[1].item() == pytest.approx(0, abs=1e-3)
+
+
+def test_the_readmes_section_on_python_runs_as_it_stands(run, capsys):
+    readme = (Path(gpt.__file__).parent / "README.md").read_text()
+    code = re.search(r"## In Python.*?```python\n(.*?)```", readme, re.S)[1]
+    assert len(code.splitlines()) <= 25
+    exec(code.replace('"runs/laptop"', repr(str(run.folder))), {})
+    fires, *moves = capsys.readouterr().out.strip().splitlines()
+    assert fires.startswith("h.1.mlp.down:") and len(moves) == 5 and all(" -> " in line for line in moves)
 
 
 def test_another_decomposition_of_the_same_target_is_made_from_its_folder_and_compared(run, tmp_path, command):
