@@ -29,6 +29,7 @@ import difflib
 import functools
 import heapq
 import html
+import itertools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ import re
 import sys
 import sysconfig
 import time
+import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -59,6 +61,7 @@ class Shape:
     heads: int
     context: int
     vocabulary: int
+    epsilon: float = 1e-5  # of the layer norms
 
 class Attention(nn.Module):
     """Causal self-attention, (B, T, width) to the same. Four matrices, so that each is decomposed by itself."""
@@ -86,8 +89,8 @@ class Block(nn.Module):
     """Attention and MLP, each on the normalised residual stream and added to it. (B, T, width) to the same."""
     def __init__(self, shape: Shape):
         super().__init__()
-        self.norm_attn, self.attn = nn.LayerNorm(shape.width), Attention(shape)
-        self.norm_mlp, self.mlp = nn.LayerNorm(shape.width), MLP(shape)
+        self.norm_attn, self.attn = nn.LayerNorm(shape.width, shape.epsilon), Attention(shape)
+        self.norm_mlp, self.mlp = nn.LayerNorm(shape.width, shape.epsilon), MLP(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm_attn(x))
@@ -101,7 +104,7 @@ class GPT(nn.Module):
         self.tokens = nn.Embedding(shape.vocabulary, shape.width)
         self.positions = nn.Embedding(shape.context, shape.width)
         self.h = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.width)
+        self.norm = nn.LayerNorm(shape.width, shape.epsilon)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -120,17 +123,37 @@ def cross_entropy(ids: Tensor, logits: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats, scalar. ids (B, T), logits (B, T, vocabulary)."""
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
-# ---- The tokenizer: byte-pair encoding, learned from the text -------------------------------------------------------
+# ---- The tokenizer: byte-pair encoding, learned from the text, or GPT-2's ------------------------------------------
 
 # No merge crosses a border of pieces (a word with the space before it, indentation, signs), which hold the whole text.
 PIECES = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]+| ?_+|\s+(?=\S)|\s+")
 
+@functools.cache
+def gpt2_pieces() -> re.Pattern:
+    """GPT-2's pieces. Its expression names classes that `re` lacks: letters, numbers and white space of Unicode. What
+    is in them, `unicodedata` says: characters newer than GPT-2's own tokenizer may be split otherwise than by that one."""
+    def characters(kind):
+        numbers = (i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)).startswith(kind))
+        runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+        return "".join(f"\\U{run[0][1]:08x}-\\U{run[-1][1]:08x}" for run in runs)
+    L, N, space = characters("L"), characters("N"), r"\t-\r\x85\u2028\u2029" + characters("Zs")
+    words = rf"'(?:s|t|re|ve|m|ll|d)| ?[{L}]+| ?[{N}]+| ?[^{space}{L}{N}]+"
+    return re.compile(rf"{words}|[{space}]+(?![^{space}])|[{space}]+")
+
+def gpt2_bytes() -> dict[str, int]:
+    """GPT-2's files write a byte as one visible character: {character: byte}, in the order of the tokens 0 to 255."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [i for i in range(256) if i not in visible]
+    return {chr(i): i for i in visible} | {chr(256 + n): i for n, i in enumerate(others)}
+
 class Tokenizer:
-    """256 bytes, and after them one token for each merge of two tokens. Lossless on any text."""
-    def __init__(self, merges: list[tuple[int, int]]):
-        self.merges = [tuple(pair) for pair in merges]
+    """256 bytes, and after them one token for each merge of two tokens. Lossless on any text. gpt2: with the pieces and
+    the order of bytes of GPT-2; its <|endoftext|> is made from no text."""
+    def __init__(self, merges: list[tuple[int, int]], gpt2: bool = False):
+        self.merges, self.gpt2 = [tuple(pair) for pair in merges], gpt2
         self.merged = {pair: 256 + i for i, pair in enumerate(self.merges)}  # pair -> the token that it becomes
-        self.bytes = [bytes([i]) for i in range(256)]  # of each token
+        self.bytes = [bytes([i]) for i in (gpt2_bytes().values() if gpt2 else range(256))]  # of each token
+        self.first = {byte[0]: i for i, byte in enumerate(self.bytes)}  # the token of each byte
         for a, b in self.merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
 
@@ -165,10 +188,12 @@ class Tokenizer:
         return Tokenizer(merges)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, uint16. Every distinct piece is encoded once."""
-        pieces, encoded = PIECES.findall(text), {}
+        """Token ids, uint16. Every distinct piece is encoded once. Raises BadInput for half a surrogate pair."""
+        broken = re.search("[\ud800-\udfff]", text)
+        vpd.refuse(broken, f"the text holds half a surrogate pair, {broken and ascii(broken[0])}: give valid Unicode")
+        pieces, encoded = (gpt2_pieces() if self.gpt2 else PIECES).findall(text), {}
         for piece in vpd.with_progress(set(pieces), "encoding the text"):
-            word = list(piece.encode())
+            word = [self.first[byte] for byte in piece.encode()]
             while len(word) > 1:
                 pair = min(zip(word, word[1:]), key=lambda pair: self.merged.get(pair, math.inf))
                 if pair not in self.merged:
@@ -180,6 +205,21 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """The text of token ids, with U+FFFD for half a character. An id that no merge has made has no text."""
         return b"".join(self.bytes[i] for i in ids if i < len(self.bytes)).decode(errors="replace")
+
+def gpt2_tokenizer(folder: Path) -> Tokenizer:
+    """GPT-2's tokenizer from vocab.json and merges.txt, as downloaded. Raises BadInput if they cannot serve."""
+    try:
+        numbers = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        merges = [(numbers[a], numbers[b]) for a, b in pairs]
+        wanted = [*gpt2_bytes(), *(a + b for a, b in pairs)]
+        in_order = [numbers[name] for name in wanted] == list(range(len(wanted)))
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{folder} lacks vocab.json or merges.txt of a GPT-2 ({reason}): give --data FILE.bin") from None
+    vpd.refuse(not in_order, f"{folder}/vocab.json does not number tokens as GPT-2 does: give --data FILE.bin")
+    return Tokenizer(merges, gpt2=True)
 
 def merge(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
     """The word with every occurrence of the pair, from the left, replaced by the token."""
@@ -350,22 +390,45 @@ GPT2_NAMES = {  # our modules -> those of Hugging Face's GPT-2, where q, k and v
     "attn.q": "attn.c_attn", "attn.k": "attn.c_attn", "attn.v": "attn.c_attn", "attn.o": "attn.c_proj",
     "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}  # fmt: skip
 
-def load_gpt2(file: Path) -> GPT:
-    """A GPT-2 of any size from a checkpoint in Hugging Face's layout (pytorch_model.bin), in eval mode, on the CPU.
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file: the length of a header, 8 bytes; the header, JSON; raw tensors."""
+    kinds, content = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        raw = torch.frombuffer(bytearray(content[start + begin : start + end]), dtype=kinds[entry["dtype"]])
+        tensors[name] = raw.reshape(entry["shape"])
+    return tensors
+
+def load_gpt2(source: Path) -> GPT:
+    """A GPT-2 of any size in Hugging Face's layout, in eval mode, on the CPU: from a folder as it is downloaded, with
+    config.json and model.safetensors or pytorch_model.bin, or from such a file alone (then heads are of width 64).
     Raises BadInput, naming the tensor, if one is missing, too many or of a wrong shape, or lm_head is not wte."""
+    file, config = source, {}
     try:
-        given = torch.load(file, map_location="cpu", weights_only=True)
-        given = {name.removeprefix("transformer."): x.float() for name, x in given.items()}
+        if source.is_dir():
+            config, file = json.loads((source / "config.json").read_text()), source / "model.safetensors"
+            file = file if file.exists() else source / "pytorch_model.bin"
+        read = read_safetensors if file.suffix == ".safetensors" else functools.partial(torch.load, weights_only=True)
+        given = {name.removeprefix("transformer."): x.float().cpu() for name, x in read(file).items()}
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
-        raise BadInput(f"{file} is no PyTorch checkpoint ({type(error).__name__}): give a GPT-2") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise BadInput(f"{file} is no checkpoint that can be read ({reason}): give a GPT-2") from error
     given = {name: x for name, x in given.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks
     vpd.refuse(not {"wte.weight", "wpe.weight"} <= given.keys(), f"{file} lacks wte.weight or wpe.weight: give a GPT-2")
     (vocabulary, width), context = given["wte.weight"].shape, len(given["wpe.weight"])
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.refuse(not tied, f"{file}: lm_head.weight is not wte.weight; give a GPT-2 whose unembedding is its embedding")
-    vpd.refuse(width % 64, f"{file} is of width {width}: give a GPT-2 with heads of 64, as all published ones have")
+    heads, other = config.get("n_head", width // 64), config.get("activation_function", "gelu_new")
+    uneven = not heads or width % heads
+    vpd.refuse(uneven, f"{file} is of width {width}, which {heads} heads do not divide: give its folder")
+    vpd.refuse(other != "gelu_new", f"{source}/config.json has the activation {other!r}: give a GPT-2, with gelu_new")
     layers = 1 + max((int(match[1]) for name in given if (match := re.match(r"h\.(\d+)\.", name))), default=-1)
-    model, state, used = GPT(Shape(layers, width, width // 64, context, vocabulary)), {}, set()
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    model, state, used = GPT(Shape(layers, width, heads, context, vocabulary, epsilon)), {}, set()
     for name, ours in model.state_dict().items():
         layer, path, tensor = re.fullmatch(r"(h\.\d+\.)?(.+)\.(weight|bias)", name).groups(default="")
         theirs, transposed = f"{layer}{GPT2_NAMES[path]}.{tensor}", layer and ours.dim() == 2  # Conv1D: (d_in, d_out)
@@ -398,17 +461,26 @@ class Run:
     decomposition: vpd.Decomposition
     device: str
 
+def sized(preset: Preset, shape: Shape) -> Preset:
+    """The preset with subcomponents and a G for a model of this shape, in the proportions of the published run."""
+    parts = {"attn.q": 2 / 3, "attn.k": 2 / 3, "attn.v": 4 / 3, "attn.o": 4 / 3, "mlp.up": 4, "mlp.down": 14 / 3}
+    heads = max(1, shape.width // 64)
+    C = {matrix: max(1, round(part * shape.width)) for matrix, part in parts.items()}
+    G = {"G_width": 2 * heads * (shape.width // heads), "G_blocks": max(1, shape.layers // 2), "G_heads": heads}
+    return replace(preset, C=C, config=replace(preset.config, **G))
+
 def corpus(data: str, preset: Preset, places: list[Path]) -> tuple[np.ndarray, Tokenizer | None]:
     """Token ids (tokens,), and the tokenizer that made them (None for a .bin), from the first run folder that has them.
     Else they are made from the data. Raises BadInput: see `read_text`, `read_bin`, `windows`."""
     if data.endswith(".bin"):
         ids, tokenizer = read_bin(Path(data), preset.shape.vocabulary), None
-    elif made := [place for place in places if (place / "tokenizer.json").exists()]:
-        tokenizer = Tokenizer(json.loads((made[0] / "tokenizer.json").read_text()))
+    elif made := [place for place in places if (place / "tokens.npy").exists() and (place / "tokenizer.json").exists()]:
+        tokenizer = Tokenizer(**json.loads((made[0] / "tokenizer.json").read_text()))
         ids = np.load(made[0] / "tokens.npy", mmap_mode="r")
     else:
-        text = read_text(Path(data)) if data else standard_library()
-        ids = (tokenizer := Tokenizer.learn(text, preset.shape.vocabulary)).encode(text)
+        text, gpt2 = read_text(Path(data)) if data else standard_library(), places[-1] / "config.json"
+        tokenizer = gpt2_tokenizer(places[-1]) if gpt2.exists() else Tokenizer.learn(text, preset.shape.vocabulary)
+        ids = tokenizer.encode(text)
     windows(len(ids), preset.shape.context, True)  # is it long enough?
     return ids, tokenizer
 
@@ -425,10 +497,13 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
             model, record = GPT(Shape(**saved["shape"])), saved["record"]
             model.load_state_dict(saved["model"])
         elif settings["init_from"]:
-            vpd.refuse(not data.endswith(".bin"), "--init-from FILE needs --data FILE.bin of its token ids")
+            alone = places[1].is_file() and not data.endswith(".bin")
+            vpd.refuse(alone, "--init-from FILE needs --data FILE.bin of its token ids: or give its folder")
             model, record = load_gpt2(places[1]), {"curve": [], "seconds": 0.0}
         else:
             model, record = GPT(preset.shape), None
+        if record and not record["curve"]:  # it was not trained here
+            preset = sized(preset, model.shape)
         shape = replace(model.shape, context=min(model.shape.context, preset.shape.context))
         config = replace(preset.config, seed=seed, steps=settings["steps"] or preset.config.steps)
         preset = replace(preset, shape=shape, config=config)
@@ -443,7 +518,7 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
             with vpd.replacing(folder / "tokens.npy") as file:
                 np.save(file, ids)
             with vpd.replacing(folder / "tokenizer.json") as file:  # last: it says that tokens.npy is whole
-                file.write(json.dumps(tokenizer.merges).encode())
+                file.write(json.dumps({"merges": tokenizer.merges, "gpt2": tokenizer.gpt2}).encode())
     model = model.to(device).eval()
     finished = (folder / "metrics.json").exists()
     if settings["preset"] != "laptop" and not device.startswith("cuda") and vpd.rank() == 0 and not finished:
@@ -1164,7 +1239,7 @@ def chosen_settings(given: dict, folder: Path, resume: bool, reading: bool) -> d
         taken = folder.exists() and any(folder.iterdir())
         vpd.refuse(taken, f"{folder} holds a run already: go on with it with --resume, or choose another with --out")
     settings, source = SETTINGS | given, Path(given.get("init_from", "-"))
-    if source.is_dir():
+    if source.is_dir() and not (source / "config.json").exists():
         brought = "a run given to --init-from brings its preset and data: leave out --preset and --data"
         vpd.refuse({"preset", "data"} & given.keys(), brought)
         whole = (source / "target.pt").exists() and (source / "settings.json").exists()

@@ -4,7 +4,9 @@ import collections
 import dataclasses
 import json
 import math
+import shutil
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -86,6 +88,128 @@ def test_a_checkpoint_that_is_not_gpt2_is_refused_by_the_name_of_its_tensor(chan
     with pytest.raises(vpd.BadInput, match=name) as refused:
         gpt.load_gpt2(tmp_path / "model.bin")
     assert "\n" not in str(refused.value)
+
+
+# Those of GPT-2's 50,000 merges that can act on the texts below, in their order (a merge of "a" and "b" is "a b").
+GPT2_MERGES = (
+    'Ġ t,i n,o n,Ġ s,Ġ o,Ġ c,i s,a n,e s,e d,in g,o u,Ġ m,Ġo f,Ġ d,a s,l e,Ġt h,l l,Ġ l,s t,v e,Ġ e,a d,s e,'
+    'a c,l d,i r,c e,i l,Ġ 1,Ġ R,u l,a in,es t,t h,u n,0 0,an t,ou ld,Ġs h,Ġth is,n t,r a,Ġ le,â Ģ,Ġc an,'
+    "Ġd o,g e,' t,0 1,on e,ac e,as s,as e,Ġs p,a il,r u,Ġ 0,t e,n e,Ġ $,w e,n ing,n g,Ġsh ould,s s,00 0,"
+    "Ġd on,Ġ1 0,e f,1 0,' ve,1 2,Ġle ad,' ll,Ġ ed,Ġc a,Ġ #,e ad,Ġc ase,l ing,Ġm ain,âĢ ¦,ir d,t o,s h,Y ou,"
+    'o f,Ġd one,Ġ1 00,Â ł,a i,2 3,t r,4 5,Ġsp ace,Ġ â,il i,) :,m a,Ã ©,3 4,s p,l in,ou l,d e,1 00,6 7,! !,'
+    '( ),7 8,Ġlead ing,5 6,¿ ½,ï ¿½,d ef,r d,il ing,l i,8 9,d o,Âł Âł,t es,U N,ad ing,r un,Ġ !,c an,h i,'
+    "th is,Ġed ge,y ou,Ġc as,p ass,c a,' ',Ġsh o,c ase,w an,y o,? ',n i,Ġ1 000,h o,Ĥ ¬,p a,d on,ad i,t est,"
+    't ra,12 3,p ace,w a,Ġâ Ĥ¬,d i,ail ing,d ing,le ading,m ain,1 000,sp ace,h is,ed ge,h ou,un ning,ad in,'
+    'Ġm a,e a,ç Ķ,ç ļ,run ning,e i,n n,un n,çļ Ħ,sh ould,æ ĺ,23 4,d in,â Ĥ¬,Ġ ï,3 45,d one,le ad,45 6,01 2,'
+    'ra il,67 8,u ld,( ):,p ac,c as,Ġsp ac,n in,Ġ !!,çĶ Ł,Y o,ç ľ,78 9,Ġsp a,æĺ ¯,w ant,we i,p as'
+)
+# What transformers.js makes of texts (its tests/models/gpt2/test_tokenization_gpt2.js, "Xenova/gpt2"): the tokens in the
+# spelling of vocab.json. Numbers of other scripts and emoji: bytes alone, as the merges above know none of theirs.
+GPT2_TOKENS = {
+    "You should've done this": "You Ġshould 've Ġdone Ġthis",
+    "0123456789 0 10 100 1000": "01 23 45 67 89 Ġ0 Ġ10 Ġ100 Ġ1000",
+    "A\n'll !!to?'d''d of, can't.": "A Ċ 'll Ġ!! to ?' d '' d Ġof , Ġcan 't .",
+    "def main():\n\tpass": "def Ġmain (): Ċ ĉ pass",
+    "UNwant\u00e9d,running": "UN want Ã© d , running",
+    "1\x002\ufffd3": "1 Ā 2 ï¿½ 3",
+    "\u751f\u6d3b\u7684\u771f\u8c1b\u662f": "çĶŁ æ ´ » çļĦ çľ Ł è ° Ľ æĺ¯",
+    "   leading space": "Ġ Ġ Ġleading Ġspace",
+    "trailing space   ": "tra iling Ġspace Ġ Ġ Ġ",
+    "test $1 R2 #3 \u20ac4": "test Ġ$ 1 ĠR 2 Ġ# 3 ĠâĤ¬ 4",
+    "you\u2026\u00a0\u00a0you\u2026\u00a0\u00a0": "you âĢ¦ Âł Âł you âĢ¦ ÂłÂł",
+    "weird \uff5e edge \uff5e case": "we ird Ġï ½ ŀ Ġedge Ġï ½ ŀ Ġcase",
+}
+
+
+def gpt2_files(folder):
+    """vocab.json and merges.txt of a GPT-2 that knows GPT2_MERGES alone."""
+    pairs = [pair.split(" ") for pair in GPT2_MERGES.split(",")]
+    names = [*gpt.gpt2_bytes(), *(a + b for a, b in pairs), "<|endoftext|>"]
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}), encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in pairs), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    return names
+
+
+def test_gpt2s_tokens_are_those_of_another_implementation(tmp_path):
+    names = gpt2_files(tmp_path)
+    tokenizer = gpt.gpt2_tokenizer(tmp_path)
+    for text, tokens in GPT2_TOKENS.items():
+        ids = tokenizer.encode(text)
+        assert [names[i] for i in ids] == tokens.split(" ")
+        assert tokenizer.decode(ids) == text
+
+
+HARD_FOR_GPT2 = ["\u0663\u0664 x\u00b2\u2167", "\U0001f600\U0001f1e9", "\x00\x1c\x7f\x85 \u3000", "It's 'S \u2019s", ""]
+
+
+@pytest.mark.parametrize("text", HARD_FOR_GPT2)
+def test_gpt2s_pieces_hold_the_whole_text_and_part_letters_numbers_and_space(text, tmp_path):
+    pieces = gpt.gpt2_pieces().findall(text)
+    assert "".join(pieces) == text
+    for piece in pieces:
+        kinds = {max("LNZ".find(unicodedata.category(x)[0]), -1) for x in piece.lstrip(" ")}
+        assert len(kinds) <= 1 or piece.isspace() or piece.startswith("'")
+    gpt2_files(tmp_path)
+    tokenizer = gpt.gpt2_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_half_a_surrogate_pair_and_files_of_another_tokenizer_are_refused_in_one_line(tmp_path):
+    gpt2_files(tmp_path)
+    with pytest.raises(vpd.BadInput, match=r"half a surrogate pair, '\\ud83d'"):
+        gpt.gpt2_tokenizer(tmp_path).encode("a\ud83db")
+    numbers = json.loads((tmp_path / "vocab.json").read_text())
+    numbers["!"], numbers["a"] = numbers["a"], numbers["!"]
+    (tmp_path / "vocab.json").write_text(json.dumps(numbers))
+    with pytest.raises(vpd.BadInput, match="does not number tokens as GPT-2 does"):
+        gpt.gpt2_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(vpd.BadInput, match="lacks vocab.json or merges.txt"):
+        gpt.gpt2_tokenizer(tmp_path)
+
+
+def write_safetensors(file, state, kind):
+    """A .safetensors file, written by hand: float32, or float16 or bfloat16 rounded to zero from its bits."""
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in state.items():
+        bits = x.contiguous().numpy()
+        if kind == "BF16":
+            bits = (bits.view(np.uint32) >> 16).astype(np.uint16)
+        elif kind == "F16":
+            bits = bits.astype(np.float16)
+        header[name] = {"dtype": kind, "shape": list(x.shape), "data_offsets": [len(raw), len(raw) + bits.nbytes]}
+        raw += bits.tobytes()
+    header = json.dumps(header).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw)
+
+
+@pytest.mark.parametrize("kind, tolerance", [("F32", 1e-3), ("F16", 0.02), ("BF16", 0.1)])
+def test_a_folder_as_it_is_downloaded_gives_the_logits_of_gpt2_with_its_heads(kind, tolerance, tmp_path):
+    state, ids = checkpoint(), [3, 1, 4, 1, 5, 9, 2, 6]
+    write_safetensors(tmp_path / "model.safetensors", state, kind)
+    (tmp_path / "config.json").write_text(json.dumps({"n_head": 4, "layer_norm_epsilon": 1e-5}))
+    logits = gpt.load_gpt2(tmp_path)(torch.tensor([ids]))[0].detach().numpy()
+    assert abs(logits - logits_by_hand(state, ids, heads=4)).max() < tolerance
+    assert abs(logits - logits_by_hand(state, ids, heads=2)).max() > 0.15  # the heads are those of config.json
+    (tmp_path / "config.json").write_text(json.dumps({"n_head": 4, "layer_norm_epsilon": 0.5}))
+    assert abs(gpt.load_gpt2(tmp_path)(torch.tensor([ids]))[0].detach().numpy() - logits).max() > 0.1  # read, too
+
+
+def test_a_gpt2_folder_is_decomposed_on_text_and_asked_about_prompts_after_it_is_gone(command, tmp_path):
+    folder, out = tmp_path / "gpt2", tmp_path / "run"
+    names = gpt2_files(folder)
+    write_safetensors(folder / "model.safetensors", checkpoint(layers=1, width=64, vocabulary=len(names)), "F32")
+    (folder / "config.json").write_text(json.dumps({"n_head": 2}))
+    command("--init-from", folder, "--data", tmp_path / "text.txt", "--out", out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    C = [metrics["matrices"][f"h.0.{m}"]["C"] for m in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")]
+    assert C == [43, 43, 85, 85, 256, 299]  # 2/3, 2/3, 4/3, 4/3, 4 and 14/3 of the width, as published
+    shutil.rmtree(folder)
+    command("--out", out, "--circuit", "def main", "--token", " this")
+    circuit = json.loads((out / "circuit.json").read_text())
+    assert [names[i] for i in circuit["ids"]] == ["def", "Ġmain"] and names[circuit["token"]] == "Ġthis"
 
 
 HARD_TEXTS = ["", " ", "\r\n\t x", "naïve 字 \U0001f600 e\u0301", "a\x00b", "____init____(self)", "٣٤ x²"]
@@ -334,7 +458,7 @@ def test_an_imported_gpt2_is_decomposed_by_command_and_read_after_its_file_is_go
     assert not out.exists()
     command("--init-from", file, "--data", data, "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["total"]["C"] == 20 and "compute_recovered" not in metrics  # one layer; no curve of its training
+    assert metrics["total"]["C"] == 1621 and "compute_recovered" not in metrics  # one layer; no curve of its training
     original = gpt.load_gpt2(file)
     file.unlink()
     command("--out", out, "--report")
