@@ -130,8 +130,8 @@ PIECES = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]+| ?_+|\s+(?=\S)|\s+")
 
 @functools.cache
 def gpt2_pieces() -> re.Pattern:
-    """GPT-2's pieces. Its expression names classes that `re` lacks: letters, numbers and white space of Unicode. What
-    is in them, `unicodedata` says: characters newer than GPT-2's own tokenizer may be split otherwise than by that one."""
+    """GPT-2's pieces. Its expression names classes that `re` lacks: letters, numbers and white space of Unicode. They
+    are taken from `unicodedata`: characters that are newer than GPT-2 may be split otherwise than by its tokenizer."""
     def characters(kind):
         numbers = (i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)).startswith(kind))
         runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
@@ -679,28 +679,33 @@ def neighbourhood(ids: Tensor, vocabulary: int) -> dict[str, tuple[Tensor, Tenso
     sides = {"this token": ids, "the token before": padded[:, :-2], "the token after": padded[:, 2:]}
     return {side: (x, torch.bincount(x[x >= 0], minlength=vocabulary) / (x >= 0).sum()) for side, x in sides.items()}
 
+def commonest(seen: Tensor, fires: Tensor) -> list[tuple[int, float]]:
+    """The three commonest of the ids `seen` (N, T), -1 for none, where a subcomponent fires (N, T): [(id, share)]."""
+    ids, times = seen[fires & (seen >= 0)].unique(return_counts=True)
+    order = times.argsort(descending=True, stable=True)[:3]
+    return [(i, n / int(times.sum())) for i, n in zip(ids[order].tolist(), times[order].tolist())]
+
 def clearness(sides: dict, fires: Tensor) -> tuple[float, str, list[tuple[int, float]]]:
     """How clearly one sees when a subcomponent fires, (N, T): (score, by which of `sides`, its commonest ids, shares).
     Of the positions where it fires, the share that has one of the three commonest ids, less the share of these ids in
     all text; times n / (n + 20) for n positions, because chance makes few of them look alike. At most 1."""
     best = (-1.0, "", [])
     for side, (seen, base) in sides.items():
-        ids = seen[fires & (seen >= 0)]
-        if n := len(ids):
-            share = torch.bincount(ids, minlength=len(base)) / n
-            top = share.topk(3).indices
-            top = top[share[top] > 0]
-            score = (share[top] - base[top]).sum().item() * n / (n + 20)
-            best = max(best, (score, side, [(i, share[i].item()) for i in top.tolist()]))
+        if top := commonest(seen, fires):
+            n = int((fires & (seen >= 0)).sum())
+            score = sum(share - base[i].item() for i, share in top) * n / (n + 20)
+            best = max(best, (score, side, top))
     return best
 
-def examples(ids: Tensor, g: Tensor, a: Tensor, fires: Tensor, generator: torch.Generator) -> list[list[list[int]]]:
-    """Random windows where a subcomponent fires: [tokens, importances 0 to 9, activations -9 to 9]. Inputs: (N, T)."""
+def examples(ids: Tensor, g: Tensor, a: Tensor, fires: Tensor, generator: torch.Generator) -> list[list]:
+    """Random windows where a subcomponent fires: [tokens, importances 0 to 9, activations -9 to 9, the firing token].
+    Inputs: (N, T)."""
     places, largest, chosen = fires.nonzero(), a[fires].abs().max().clamp(min=1e-6), []
     for n, t in places[torch.randperm(len(places), generator=generator)[:EXAMPLES].to(places.device)].tolist():
         window = slice(max(0, t - AROUND), t + AROUND + 1)
         strength = (9 * a[n, window] / largest).round().clamp(-9, 9)
-        chosen.append([ids[n, window].tolist(), (9 * g[n, window]).ceil().int().tolist(), strength.int().tolist()])
+        shown_importance, shown_strength = (9 * g[n, window]).ceil().int().tolist(), strength.int().tolist()
+        chosen.append([ids[n, window].tolist(), shown_importance, shown_strength, t - window.start])
     return chosen
 
 def readout(model: GPT) -> Tensor:
@@ -712,20 +717,21 @@ def readout(model: GPT) -> Tensor:
 def describe_all(run: Run, ids: Tensor, g: dict[str, Tensor], a: dict[str, Tensor]) -> list[dict]:
     """All subcomponents that fire, with what a person needs to judge them, the clearest first. Arguments: of `observe`.
     "density": share of positions where it fires; "importance": mean there; "contrast": mean size of its activation
-    there over root mean square elsewhere; "moves": the tokens that it raises most there, for matrices of TO_STREAM."""
+    there over root mean square elsewhere; "moves", "lowers": the tokens that it raises and lowers most there, for
+    matrices of TO_STREAM."""
     sides, E, parts = neighbourhood(ids, run.preset.shape.vocabulary), readout(run.model), []
     for path in vpd.with_progress(g, "subcomponents, by matrix"):
         for c, fires in firing(g[path]).items():
-            activation, importance, moves = a[path][..., c].float(), g[path][..., c].float(), []
+            activation, importance, moves, lowers = a[path][..., c].float(), g[path][..., c].float(), [], []
             score, by, tokens = clearness(sides, fires)
             elsewhere = activation[~fires].square().mean().sqrt().item() if not fires.all() else math.inf
             if path.endswith(TO_STREAM):
                 raised = E @ run.decomposition.U[path][c].detach() * activation[fires].mean().sign()  # (vocabulary,)
-                moves = raised.topk(6).indices.tolist()
+                moves, lowers = raised.topk(6).indices.tolist(), raised.neg().topk(6).indices.tolist()
             part = {"matrix": path, "c": c, "fires": int(fires.sum()), "density": fires.float().mean().item()}
             part |= {"importance": importance[fires].mean().item(), "clearness": score, "by": by, "tokens": tokens}
             part |= {"contrast": activation[fires].abs().mean().item() / max(elsewhere, 1e-3), "moves": moves}
-            parts.append(part)
+            parts.append(part | {"lowers": lowers})
     places = {path: iter(range(len(parts))) for path in g}
     parts.sort(key=lambda part: -part["clearness"])
     return [part | {"place": next(places[part["matrix"]])} for part in parts]  # its place among those of its matrix
@@ -760,26 +766,87 @@ def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
         file.write(json.dumps(result, indent=1).encode())
     return result
 
-def report(run: Run) -> str:
+FLOWS = 4  # batches over which attributions are summed
+
+def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
+    """Direct attributions from part to part, summed over the positions of FLOWS batches where the target fires ([VPD]'s
+    dataset-aggregated attributions). Masks: the importances. {name: {"sources", "targets": [(name, sum), ...]}}, the
+    five strongest of each, among these parts."""
+    model, found, total = run.model, run.decomposition, collections.defaultdict(float)
+    names = {f"{part['matrix']}:{part['c']}" for part in parts}
+    for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device)[:FLOWS], "attributions"):
+        _, g = vpd.predict_importances(model, found, batch)
+        _, activations, writes = vpd.cut_forward(model, found, g, batch)
+        for part in parts:
+            target = f"{part['matrix']}:{part['c']}"
+            value = activations[part["matrix"]][..., part["c"]][g[part["matrix"]][..., part["c"]] > FIRES].sum()
+            for path, x in vpd.attributions(value, found, g, activations, writes).items():
+                x = x[..., :-1].sum((0, 1))  # (C,)
+                for c in x.abs().topk(min(5, len(x))).indices.tolist():
+                    if f"{path}:{c}" in names and x[c]:
+                        total[f"{path}:{c}", target] += x[c].item()
+    strongest = {name: {"sources": [], "targets": []} for name in names}
+    for (source, target), x in sorted(total.items(), key=lambda pair: -abs(pair[1])):
+        for name, side, other in ((target, "sources", source), (source, "targets", target)):
+            if len(strongest[name][side]) < 5:
+                strongest[name][side].append((other, x))
+    return strongest
+
+def asked(run: Run, prompt: str) -> dict:
+    """A prompt for the page: its tokens, the parts that fire at each, and its circuit if there is one."""
+    ids = encoded(run, prompt)
+    _, g = vpd.predict_importances(run.model, run.decomposition, ids)
+    active = [[] for _ in ids[0]]
+    for path, x in g.items():
+        for t, c in (x[0, :, :-1] > FIRES).nonzero().tolist():
+            active[t].append((f"{path}:{c}", x[0, t, c].item()))
+    result = {"ids": ids[0].tolist(), "active": [sorted(parts, key=lambda part: -part[1]) for parts in active]}
+    circuits_made = (json.loads(file.read_text()) for file in sorted(run.folder.glob("circuit*.json")))
+    for made in (made for made in circuits_made if made["prompt"] == prompt):
+        graph = made["pruned_graph"]
+        nodes, rows = [f"{node['matrix']}:{node['subcomponent']}" for node in graph["nodes"]], []
+        for n, edges in edges_into(graph).items():
+            sources = [(nodes[edge["source"]], edge["attribution"]) for edge in edges[:3]]
+            rows += [(graph["nodes"][n]["position"], nodes[n], sources)] if sources else []
+        result |= {"token": made["token"], "circuit": rows[::-1]}
+    return result
+
+@torch.no_grad()
+def predictions(run: Run, ids: Tensor) -> Tensor:
+    """The token that the target model finds most probable after each position, (N, T)."""
+    return torch.cat([run.model(batch).argmax(-1) for batch in ids.split(run.preset.batch)])
+
+def report(run: Run, prompts: list[str]) -> str:
     """Write report.html, and return the clearest subcomponents as text for the terminal, two of each matrix at most."""
+    answers = [asked(run, prompt) for prompt in prompts]
     ids, g, a = observe(run)
     parts, generator = describe_all(run, ids, g, a), torch.Generator().manual_seed(0)
-    groups = components(run, ids, g)
+    groups, predicted = components(run, ids, g), predictions(run, ids)
     group_of = {name: n for n, group in enumerate(groups["groups"]) for name in group["members"]}
     kept = [part for part in parts if part["place"] < KEPT]
+    sides = {side: seen for side, (seen, _) in neighbourhood(ids, run.preset.shape.vocabulary).items()}
+    compared, flow = run.folder / "compare.json", flows(run, kept)
+    matches = json.loads(compared.read_text()).get("matches", {}) if compared.exists() else {}
     for part in vpd.with_progress(kept, "examples"):
-        importance, activation = (x[part["matrix"]][..., part["c"]] for x in (g, a))
-        part["examples"] = examples(ids, importance.float(), activation.float(), importance > FIRES, generator)
-        part["group"] = group_of.get(f"{part['matrix']}:{part['c']}", -1)  # -1: its mean importance is too low
+        name = f"{part['matrix']}:{part['c']}"
+        importance, activation = (x[part["matrix"]][..., part["c"]].float() for x in (g, a))
+        fires = importance > FIRES
+        part["examples"] = examples(ids, importance, activation, fires, generator)
+        around = {side: commonest(seen, fires) for side, seen in (sides | {"predicted": predicted}).items()}
+        bars = {"activation": activation[fires], "importance": importance[importance > 0]}
+        bars = {of: [x.min().item(), x.max().item(), x.cpu().histc(20).int().tolist()] for of, x in bars.items()}
+        part |= {"around": around, "bars": bars, "match": matches.get(name), **flow[name]}
+        part["group"] = group_of.get(name, -1)  # -1: its mean importance is too low
     lost = len(parts) - len(kept)
     left_out = f"{lost} of {len(parts)} are left out: of each matrix the clearest {KEPT} are here." if lost else ""
     vocabulary = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in range(run.preset.shape.vocabulary)]
-    several = [group for group in groups["groups"] if len(group["members"]) > 1]
-    data = {"vocabulary": vocabulary, "parts": kept, "groups": several}
-    data = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    matrices = {path: [m["alive"], m["C"], m["l0"]] for path, m in metrics["matrices"].items()}
+    data = {"vocabulary": vocabulary, "matrices": matrices, "parts": kept, "prompts": answers}
+    data = json.dumps(rounded(data | {"groups": groups["groups"]}), separators=(",", ":"), allow_nan=False)
     pictures = [base64.b64encode((run.folder / name).read_bytes()) for name in ("masking.png", "training.png")]
-    images = "".join(f'<img src="data:image/png;base64,{picture.decode()}">' for picture in pictures)
-    page = PAGE.replace("@@TABLE@@", html.escape(table(json.loads((run.folder / "metrics.json").read_text()))))
+    images = "".join(f'<img src="data:image/png;base64,{picture.decode()}" alt="">' for picture in pictures)
+    page = PAGE.replace("@@TABLE@@", html.escape(table(metrics)))
     page = page.replace("@@PICTURES@@", images).replace("@@LEFT_OUT@@", left_out)
     page = page.replace("@@DATA@@", data.replace("<", "\\u003c"))  # no tag inside
     with vpd.replacing(run.folder / "report.html") as file:
@@ -789,84 +856,150 @@ def report(run: Run) -> str:
              "{bits_before:.0f} bits by subcomponent, {bits_after:.0f} by group".format(**groups)]  # fmt: skip
     return "\n".join([*lines, f"the page is {run.folder / 'report.html'}", left_out]).rstrip()
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>The parts of a language model</title><style>
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222 }
-pre { background: #f4f4f4; padding: 1em; overflow-x: auto } img { max-width: 32%; margin-right: 1% }
-table { border-collapse: collapse; width: 100% } input { font: inherit; width: 30em; padding: 4px }
-th, td { text-align: left; padding: 2px 8px; border-bottom: 1px solid #ddd; vertical-align: top }
-th, .row { cursor: pointer } .row:hover { background: #f4f4f4 }
-code { background: #eee; padding: 0 2px; margin-right: 5px }
-.example { border-left: 3px solid #ddd; margin: 6px 0; padding-left: 8px }
-.example, code { font: 13px/2 ui-monospace, monospace; white-space: pre-wrap }
+def rounded(x):
+    """The same, with every float to three digits: a page of a thousand parts is half as large."""
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [rounded(value) for value in x]
+    return float(f"{x:.3g}") if isinstance(x, float) else x
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>The parts of a language model</title><style>
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --fire: 255, 150, 0 }
+body { font: 14px/1.5 system-ui, sans-serif; margin: 1em auto; max-width: 1200px; padding: 0 1em }
+pre, section, .wide { overflow-x: auto } img { max-width: 32% } input, button, select { font: inherit; padding: 4px }
+#search { width: min(30em, 90%) } table { border-collapse: collapse } .list { width: 100% }
+th, td { text-align: left; padding: 2px 8px; border-bottom: 1px solid var(--line); vertical-align: top }
+.row, .cell, a, .token { cursor: pointer } .row:hover, .row:focus, .cell:hover, .on { background: var(--soft) }
+code, .example { font: 13px/1.8 ui-monospace, monospace; white-space: pre } .bars { letter-spacing: -1px }
+code { background: var(--soft); margin-right: 4px } .cell, #body td:nth-child(2) { white-space: nowrap }
+.example { display: grid; grid-template-columns: 1fr auto 1fr; width: min(1130px, 90vw) }
+.example > * { overflow: hidden; min-width: 0 } .example > :first-child { text-align: right; direction: rtl }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 0 2em }
+@media (max-width: 600px) { .late { display: none } .facts { grid-template-columns: 1fr } img { max-width: 100% } }
 </style><h1>The parts of a language model</h1>
+<p>Every weight matrix of this model was written as a sum of <em>parts</em>, each of which reads one direction and
+writes one. A part <em>fires</em> at a token where it is needed for the output: its causal importance exceeds 0.1. All
+others can be taken away there, in any combination, and the prediction hardly changes.</p>
 <details><summary>How good is the decomposition?</summary><pre>@@TABLE@@</pre>@@PICTURES@@</details>
-<p>Each row is a <em>subcomponent</em>, a rank-one part of a weight matrix. It <em>fires</em> where its causal
-importance exceeds 0.1: there it cannot be ablated without changing the output, says the causal importance function.
-<em>Clearness</em>: of the positions where it fires, the share with one of the three commonest tokens there (this one,
-the one before or the one after), less the share of these tokens in all text, and less if it fires rarely.
-<em>Raises</em>: tokens whose logits its write direction raises most. Click a row for examples: orange = causal
-importance, underline = activation (blue positive, red negative). <em>Group</em>: parts that are active together, found
-by minimum description length; search for "group 3" to see its parts. @@LEFT_OUT@@</p>
-<details><summary>The groups, by what their parts have in common</summary><table id="groups"></table></details>
-<p><input id="search" placeholder="search: a matrix (h.1.mlp), a part (h.1.attn.q:3) or a token" autofocus>
-<span id="count"></span></p><table><thead><tr id="head"></tr></thead><tbody id="body"></tbody></table><p>
-<button id="more">more</button></p><script type="application/json" id="data">@@DATA@@</script><script>
+<p><button data-tab="parts">Parts</button> <button data-tab="groups">Groups</button>
+<button data-tab="prompts">Prompts</button></p>
+<section id="parts"><p>Click a matrix to see its parts: alive of all, and how many are needed at a token.</p>
+<div class="wide"><table id="model"></table></div>
+<p><input id="search" placeholder="search: a token, a matrix or a part (press /)" aria-label="search">
+<span id="count"></span> @@LEFT_OUT@@</p>
+<table class="list"><thead><tr id="head"></tr></thead><tbody id="body"></tbody></table>
+<p><button id="more">more</button></p></section>
+<section id="groups"><p>Parts that are active together, by minimum description length; what they have in common are the
+commonest tokens where they are active.</p><table class="list" id="grouped"></table></section>
+<section id="prompts"><p>Click a token to see the parts that fire there. Ask with --report "PROMPT" ...</p>
+</section><script type="application/json" id="data">@@DATA@@</script><script>
 const get = id => document.getElementById(id), data = JSON.parse(get('data').textContent), words = data.vocabulary
-const visible = text => text.replace(/\\n/g, '\\u23ce\\n').replace(/\\t/g, '\\u2192\\t')
-const name = p => p.matrix + ':' + p.c, columns = [['part', p => p.matrix + ':' + String(p.c).padStart(5)],
-  ['fires on', p => p.density], ['importance', p => p.importance], ['clearness', p => p.clearness],
-  ['group', p => p.group], ['where it fires', p => p.by], ['raises', p => p.moves.length]]
-function element(tag, text, parent, style = '') {
-  const e = document.createElement(tag); e.textContent = text; e.className = style; parent.append(e); return e
+const visible = text => text.replace(/\n/g, '\u23ce').replace(/\t/g, '\u2192') // one line each
+const named = new Map(data.parts.map(p => [p.name = p.matrix + ':' + p.c, p]))
+function add(parent, tag, text = '', style = '', click = null) {
+  const e = document.createElement(tag); e.textContent = text; e.className = style; parent.append(e)
+  if (click) Object.assign(e, { onclick: click, tabIndex: 0, onkeydown: k => k.key == 'Enter' && click(k) })
+  return e
 }
+function tokens(parent, list, title = '') {
+  const e = add(parent, 'div', title)
+  for (const t of list) {
+    add(e, 'code', visible(words[t[0] ?? t]))
+    if (t[1]) e.append(Math.round(100 * t[1]) + ' % ')
+  }
+}
+function links(parent, title, list) {
+  const e = add(parent, 'div', list.length ? title : '')
+  for (const [name, x] of list) {
+    const a = add(e, named.has(name) ? 'a' : 'span', name); if (named.has(name)) a.href = '#' + name
+    e.append(x == null ? ' ' : ' ' + x + ', ')
+  }
+}
+const bars = ([least, most, n]) => least + ' ' + n.map(x => ' \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588'[
+  Math.ceil(8 * x / Math.max(...n))]).join('') + ' ' + most
+const columns = [['part', p => p.matrix + ':' + String(p.c).padStart(5)], ['fires on', p => p.density],
+  ['importance', p => p.importance], ['clearness', p => p.clearness], ['where it fires', p => p.by],
+  ['raises', p => p.moves.length]]
 for (const p of data.parts)
-  p.text = [name(p), 'group ' + p.group + ';', ...p.tokens.map(t => words[t[0]]), ...p.moves.map(t => words[t])]
-    .join('\\n').toLowerCase()
+  p.text = [p.name, ...p.tokens.map(t => words[t[0]]), ...p.moves.map(t => words[t])].join('\n').toLowerCase()
 let sorted = 3, up = false, limit = 100
-columns.forEach(([title], i) => element('th', title, get('head')).onclick =
-  () => { up = sorted == i ? !up : i == 0; sorted = i; draw() })
-function draw() {
+columns.forEach(([title], i) => add(get('head'), 'th', title, i == 2 || i == 5 ? 'late' : '',
+  () => { up = sorted == i ? !up : i == 0; sorted = i; draw() }))
+function draw(open = '') {
   const wanted = get('search').value.toLowerCase(), key = columns[sorted][1], body = get('body')
-  const found = data.parts.filter(p => p.text.includes(wanted))
+  const found = data.parts.filter(p => p.text.includes(wanted) || p.name == open)
     .sort((a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * (up ? 1 : -1))
   get('count').textContent = found.length + ' of ' + data.parts.length + ' parts'
   get('more').hidden = found.length <= limit; body.replaceChildren()
-  for (const p of found.slice(0, limit)) {
-    const row = element('tr', '', body, 'row'), percent = (100 * p.density).toPrecision(2) + ' %'
-    for (const text of [name(p), percent, p.importance.toFixed(2), p.clearness.toFixed(2), p.group < 0 ? '' : p.group])
-      element('td', text, row)
-    const where = element('td', p.by + ': ', row), moves = element('td', '', row)
-    for (const [token, share] of p.tokens)
-      where.append(element('code', visible(words[token]), where), Math.round(100 * share) + ' % ')
-    for (const token of p.moves) element('code', visible(words[token]), moves)
-    let opened; row.onclick = () => { opened = opened ? opened.remove() : examples(p, row) }
-  }
+  found.filter((p, i) => i < limit || p.name == open).forEach(p => {
+    let opened = null
+    const toggle = () => { opened = opened ? opened.remove() : show(p, row) }, row = add(body, 'tr', '', 'row', toggle)
+    add(row, 'td', p.name), add(row, 'td', (100 * p.density).toPrecision(2) + ' %')
+    add(row, 'td', p.importance.toFixed(2), 'late'), add(row, 'td', p.clearness.toFixed(2))
+    tokens(add(row, 'td'), p.tokens, p.by + ': '), tokens(add(row, 'td', '', 'late'), p.moves)
+    if (p.name == open) { toggle(); row.scrollIntoView() }
+  })
 }
-function examples(p, row) {
-  const opened = document.createElement('tr'), cell = element('td', '', opened)
+function show(p, row) {
+  const opened = document.createElement('tr'), cell = add(opened, 'td'), facts = add(cell, 'div', '', 'facts')
   cell.colSpan = columns.length; row.after(opened)
-  for (const [ids, g, a] of p.examples) {
-    const line = element('div', '', cell, 'example')
+  for (const [side, list] of Object.entries(p.around)) tokens(facts, list, side + ': ')
+  for (const [of, x] of Object.entries(p.bars)) add(facts, 'div', of + ': ' + bars(x), 'bars')
+  if (p.moves.length) tokens(facts, p.moves, 'raises: '), tokens(facts, p.lowers, 'lowers: ')
+  links(facts, 'strongest sources, summed over the data: ', p.sources), links(facts, 'strongest targets: ', p.targets)
+  if (p.match) add(facts, 'div', 'best match in the compared run: ' + p.match.join(', cosine '))
+  if (p.group >= 0) links(facts, 'group ' + p.group + ': ', data.groups[p.group].members.map(name => [name]))
+  for (const [ids, g, a, at] of p.examples) {
+    const line = add(cell, 'div', '', 'example'), sides = [0, 1, 2].map(() => add(add(line, 'span'), 'bdi'))
     ids.forEach((id, i) => {
-      const span = element('span', visible(words[id]), line)
-      span.style.background = `rgba(255, 150, 0, ${g[i] / 9})`
-      span.style.borderBottom = `3px solid rgba(${a[i] > 0 ? '0, 90, 200' : '200, 0, 40'}, ${Math.abs(a[i]) / 9})`
+      const span = add(sides[i < at ? 0 : i == at ? 1 : 2], 'span', visible(words[id]))
+      span.style.background = `rgba(var(--fire), ${g[i] / 9})`
+      span.style.borderBottom = `3px solid rgba(${a[i] > 0 ? '0, 110, 230' : '220, 0, 60'}, ${Math.abs(a[i]) / 9})`
       span.title = `importance ${(g[i] / 9).toFixed(1)}, activation ${(a[i] / 9).toFixed(1)} of the largest`
     })
   }
   return opened
 }
-data.groups.forEach((group, n) => {
-  const row = element('tr', '', get('groups'), 'row')
-  for (const text of ['group ' + n, group.members.length + ' parts', (100 * group.active).toPrecision(2) + ' %'])
-    element('td', text, row)
-  const where = element('td', group.by + ': ', row)
-  for (const [token, share] of group.tokens)
-    where.append(element('code', visible(words[token]), where), Math.round(100 * share) + ' % ')
-  element('td', group.members.join(' '), row)
-  row.onclick = () => { get('search').value = 'group ' + n + ';'; limit = 100; draw() }
+const layers = {}
+for (const [path, x] of Object.entries(data.matrices)) (layers[path.split('.')[1]] ??= []).push([path, x])
+for (const cells of Object.values(layers)) {
+  const row = add(get('model'), 'tr')
+  for (const [path, [alive, C, l0]] of cells)
+    add(row, 'td', `${path}: ${alive} of ${C}, ${l0.toFixed(1)}`, 'cell',
+      () => { get('search').value = path + ':'; draw() }).style.background = `rgba(var(--fire), ${l0 / 40})`
+}
+data.groups.filter(group => group.members.length > 1).forEach(group => {
+  const row = add(get('grouped'), 'tr'); add(row, 'td', group.members.length + ' parts')
+  tokens(add(row, 'td'), group.tokens, group.by + ': '), links(add(row, 'td'), '', group.members.map(name => [name]))
 })
-get('search').oninput = () => { limit = 100; draw() }; get('more').onclick = () => { limit += 400; draw() }; draw()
+for (const prompt of data.prompts) {
+  const line = add(get('prompts'), 'p'), box = add(get('prompts'), 'div', '', 'facts')
+  prompt.ids.forEach((id, t) => add(line, 'code', visible(words[id]), 'token', () => {
+    box.replaceChildren(); const matrices = {}
+    for (const [name, x] of prompt.active[t]) (matrices[name.split(':')[0]] ??= []).push([name, x])
+    for (const [path, list] of Object.entries(matrices)) links(box, path + ': ', list)
+  }))
+  if (prompt.circuit) add(get('prompts'), 'p', 'Its circuit, pruned, from ' + visible(words[prompt.token]) + ' down:')
+  for (const [t, name, from] of prompt.circuit ?? []) {
+    const row = add(get('prompts'), 'div'); links(row, 'at ' + visible(words[prompt.ids[t]]) + ' ', [[name]])
+    links(row, '\u2190 ', from)
+  }
+}
+function go() {
+  const wanted = decodeURIComponent(location.hash.slice(1))
+  const tab = ['groups', 'prompts'].find(t => t == wanted) ?? 'parts'
+  for (const e of document.querySelectorAll('section')) e.hidden = e.id != tab
+  for (const e of document.querySelectorAll('[data-tab]')) e.className = e.dataset.tab == tab ? 'on' : ''
+  if (tab == 'parts') draw(wanted)
+}
+for (const e of document.querySelectorAll('[data-tab]')) e.onclick = () => { location.hash = e.dataset.tab }
+onkeydown = k => {
+  if (k.key == '/' && document.activeElement != get('search')) get('search').focus(), k.preventDefault()
+}
+get('search').oninput = () => { limit = 100; draw() }; get('more').onclick = () => { limit += 400; draw() }
+onhashchange = go; go()
 </script>"""
 
 # ---- Reading: circuits ----------------------------------------------------------------------------------------------
@@ -1195,10 +1328,15 @@ def compare(run: Run, folder: Path) -> str:
                           {path: v[:, mask[path]] for path, v in x.decomposition.V.items()}, x.decomposition.G)
         for x, mask in zip(both, kept)))  # fmt: skip
     before = vpd.similarity(*map(untrained, both))
+    matches = {}
     for path, of in trained.items():
         mine, its = (x[path].flatten(0, 1)[:, mask[path]].float() for x, mask in zip(g, kept))
-        of["function"] = correlations(mine, F.pad(its, (0, 1))[:, of.pop("match")])
+        match = of.pop("match")
+        of["function"] = correlations(mine, F.pad(its, (0, 1))[:, match])
         before[path].pop("match")
+        numbers = [mask[path].nonzero()[:, 0].tolist() for mask in kept]
+        found = zip(numbers[0], match.tolist(), of["product"].tolist())
+        matches |= {f"{path}:{c}": (f"{path}:{numbers[1][i]}", x) for c, i, x in found if x > 0}
     equally = [{path: torch.ones_like(of["U"]) for path, of in x.items()} for x in (before, trained)]
     by_use = {path: x[kept[0][path]] for path, x in mean_importances(run).items()}
     stages = {"untrained": (before, equally[0]), "trained": (trained, equally[1]), "weighted": (trained, by_use)}
@@ -1208,13 +1346,13 @@ def compare(run: Run, folder: Path) -> str:
         row = ["  ".join(f"{x:.2f}" for x in of[path].values()) for of in means.values()]
         lines.append("{:20s} {:>30s} {:>35s} {:>26s}".format(path, *row))
     with vpd.replacing(run.folder / "compare.json") as file:
-        file.write(json.dumps({"other": str(folder), **means}, indent=1).encode())
+        file.write(json.dumps({"other": str(folder), **means, "matches": matches}, indent=1).encode())
     return "\n".join(lines)
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 READINGS = {  # of a finished run, by the option that asks for it; each returns what is printed, for all options alike
-    "report": lambda run, options: report(run),
+    "report": lambda run, options: report(run, options.report),
     "circuit": lambda run, options: circuits(run, options.circuit, options.token),
     "attention": lambda run, options: attention(run, options.attention, options.prompt),
     "edit": lambda run, options: edit(run, options.edit, options.to, options.alpha),
@@ -1262,7 +1400,7 @@ def main() -> None:
     add("--resume", action="store_true", help="go on with the run in --out, with its own settings")
     add("--device", default=best_device, help="cpu, cuda or mps (default: the best there is)")
     add = parser.add_argument_group("read a finished run (--out)").add_argument
-    add("--report", action="store_true", default=None, help="write report.html, the page of all subcomponents")
+    add("--report", nargs="*", metavar="PROMPT", help="write report.html, a page of all subcomponents and prompts")
     add("--circuit", nargs="+", metavar="PROMPT", help="what makes the prediction after each prompt, and its prunings")
     add("--token", help="with --circuit: the token to explain (default: what the target predicts)")
     add("--attention", type=int, metavar="LAYER", help="which subcomponents of q and k make the scores of a layer")

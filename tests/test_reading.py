@@ -434,7 +434,7 @@ def test_clearness_is_the_share_of_the_three_commonest_tokens_beyond_chance():
 
 
 def test_the_page_holds_every_part_that_fires_and_no_token_breaks_it(run):
-    text = gpt.report(run)
+    text = gpt.report(run, [])
     page = (run.folder / "report.html").read_text()
     data = page.split('id="data">')[1].split("</script>")[0]  # up to the first closing tag: none may be inside
     data = json.loads(data)
@@ -445,15 +445,15 @@ def test_the_page_holds_every_part_that_fires_and_no_token_breaks_it(run):
     for part in data["parts"]:
         fires = g[part["matrix"]][..., part["c"]] > 0.1
         assert part["fires"] == fires.sum()
-        for tokens, importance, activation in part["examples"]:
-            assert len(tokens) == len(importance) == len(activation) and max(importance) >= 1
+        for tokens, importance, activation, at in part["examples"]:
+            assert len(tokens) == len(importance) == len(activation) and importance[at] >= 1  # there it fires
             text = "".join(data["vocabulary"][i] for i in tokens)
             assert text.isascii() and text in TEXT  # a real passage
     assert len(page) < 10_000_000 and "http" not in page and "left out" not in page + text
 
 
 def test_the_groups_of_a_run_hold_every_alive_part_once_and_stand_on_the_page(run):
-    gpt.report(run)
+    gpt.report(run, [])
     result = json.loads((run.folder / "groups.json").read_text())
     alive = {f"{path}:{c}" for path, mask in gpt.alive(run).items() for c in mask.nonzero()[:, 0].tolist()}
     members = [name for group in result["groups"] for name in group["members"]]
@@ -469,7 +469,7 @@ def test_the_groups_of_a_run_hold_every_alive_part_once_and_stand_on_the_page(ru
 def test_a_page_with_too_many_parts_keeps_the_clearest_and_says_how_many_it_leaves_out(run, monkeypatch):
     everything = {(part["matrix"], part["c"]): part["clearness"] for part in gpt.describe_all(run, *gpt.observe(run))}
     monkeypatch.setattr(gpt, "KEPT", 2)
-    text, page = gpt.report(run), (run.folder / "report.html").read_text()
+    text, page = gpt.report(run, []), (run.folder / "report.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     kept = {(part["matrix"], part["c"]) for part in data["parts"]}
     for path in run.decomposition.U:
