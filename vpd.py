@@ -253,7 +253,7 @@ class ImportanceTransformer(nn.Module):
         x = self.blocks(self.project(x).float())  # under autocast a product is bfloat16, the residual stream float32
         with torch.autocast(x.device.type, enabled=False):  # scores in float32: bfloat16 has only 8 bits
             z = self.read_out(x)  # (B, T, sum C)
-        return z if self.gain is None else z + self.gain * own_activations(inputs, U, V).relu().float()
+        return z if self.gain is None else z + self.gain * own_activations(inputs, U, V).abs().float()
 
 def importance_function(V: dict[str, Tensor], config: Config) -> nn.Module:
     """A new causal importance function for matrices with the read directions V {path: (d_in, C)}."""
