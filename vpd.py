@@ -27,7 +27,7 @@ Read from top to bottom (named early: Config, of section 6, and BadInput, of sec
     1  Subcomponents: the forward pass with masked weights     6  Settings, and the training step: the heart
     2  From scores to masks                                    7  decompose: the warm-up and the loop
     3  Causal importance functions: who predicts the scores    8  Evaluation: how we know that it worked
-    4  The five losses                                         9  Reading: attribution graphs, pruning, similarity
+    4  The five losses                                         9  Reading: attribution graphs, pruning, components
     5  The adversary                                          10  Running it: processes, checks, checkpoints, pictures
 
 Shapes: B = batch, T = length of a sequence, C = subcomponents of a matrix, L = number of decomposed matrices. "..."
@@ -36,8 +36,8 @@ over all matrices (section 2). Dicts of tensors are keyed by the path of a matri
 
 The method is that of "Interpreting Language Model Parameters" (Bushnaq et al., 2026), cited as [VPD]. It builds on
 "Stochastic Parameter Decomposition" (arXiv 2506.20790), cited as [SPD]. The tag `ours:` marks what departs from them.
-Not here, on purpose: matrices that are not `nn.Linear`, subcomponents clustered into larger components, experiment
-trackers, and any knowledge of which model is being decomposed.
+Not here, on purpose: matrices that are not `nn.Linear`, experiment trackers, and any knowledge of which model is being
+decomposed.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python tests/evidence.py losses --from runs/laptop    # into runs/evidence: losses.json, losses.png; prints a table
 
     losses       a decomposition without each of the five losses: what breaks? (two seeds, a quarter of the length)
-    frontier     L0 against KL at five prices
+    frontier     L0 against KL at five prices, at half the length
     transcoders  sparse transcoders instead of the MLPs, against the MLPs' subcomponents at five prices
     seeds        three seeds: how much of what one finds does another find?
     sizes        half, twice and four times the subcomponents
@@ -128,10 +128,10 @@ def constant_source(run, decomposition: vpd.Decomposition, r: float) -> float:
 PRICES = (0.25, 0.5, 1, 2, 4)  # times the preset's
 
 def at_price(run, out: Path, price: float) -> tuple[vpd.Decomposition, dict]:
-    """The decomposition at a multiple of the preset's price."""
+    """A decomposition at a multiple of the preset's price, of half the length."""
     config = run.preset.config
     changes = {"w_importance": price * config.w_importance, "w_frequency": price * config.w_frequency}
-    return decomposed(run, out, f"price {price:g}", **(changes if price != 1 else {}))
+    return decomposed(run, out, f"price {price:g}", steps=config.steps // 2, **changes)
 
 def frontier(run, out: Path):
     """Any single pair of KL and L0 lies on a curve, which the price moves along."""
