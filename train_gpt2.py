@@ -445,8 +445,8 @@ def load_gpt2(source: Path) -> GPT:
 
 # ---- A run: the target, its decomposition (stage 2 is vpd.decompose), and what they leave in a folder ---------------
 
-# Of a run, by default: the standard library, a target of its own, the preset's steps; C is a factor on the preset's.
-SETTINGS = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "C": 1}
+# Of a run, by default: the standard library, a target of its own, the preset's steps and batch; C is a factor.
+SETTINGS = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "batch": 0, "C": 1}
 
 @dataclass
 class Run:
@@ -487,7 +487,9 @@ def corpus(data: str, preset: Preset, places: list[Path]) -> tuple[np.ndarray, T
 def open_run(settings: dict, folder: Path, device: str) -> Run:
     """The first two stages of a run. What is already in the folder is loaded, and not computed again.
     settings: see SETTINGS. Raises BadInput, and leaves no folder behind, if they cannot serve."""
+    settings = SETTINGS | settings
     preset, data, seed, n = PRESETS[settings["preset"]], settings["data"], settings["seed"], vpd.processes()
+    preset = replace(preset, batch=settings["batch"] or preset.batch)
     vpd.refuse(preset.batch % n, f"a batch of {preset.batch} does not divide over {n} processes: choose another number")
     places = [folder, Path(settings["init_from"])] if settings["init_from"] else [folder]
     torch.manual_seed(seed)
@@ -1365,11 +1367,12 @@ def chosen_settings(given: dict, folder: Path, resume: bool, reading: bool) -> d
     if reading or resume:
         file, what = ("metrics.json", "finished decomposition") if reading else ("settings.json", "run to resume")
         vpd.refuse(not (folder / file).exists(), f"{folder} holds no {what}: make one, or give its folder with --out")
-        own = json.loads((folder / "settings.json").read_text())
+        own = SETTINGS | json.loads((folder / "settings.json").read_text())
         other = ", ".join(f"--{name.replace('_', '-')}" for name, value in given.items() if value != own[name])
         vpd.refuse(other, f"{folder} was made with another {other}: leave it out, or make a new run with another --out")
         return own
-    for name, least, most in (("seed", 0, 10**9 - 1), ("steps", 1, math.inf), ("C", 0.001, 100)):
+    limits = (("seed", 0, 10**9 - 1), ("steps", 1, math.inf), ("batch", 1, 10**6), ("C", 0.001, 100))
+    for name, least, most in limits:
         value = given.get(name, least)
         vpd.refuse(not least <= value <= most, f"--{name} is {value:g}: give {least:g} to {most:g}")
     if vpd.rank() == 0:  # the other processes come after process 0, which has claimed the folder
@@ -1394,6 +1397,7 @@ def main() -> None:
     add("--data", help="a UTF-8 text, or FILE.bin of uint16 token ids (default: Python's standard library)")
     add("--init-from", metavar="FILE", help="decompose this GPT-2 (pytorch_model.bin), or the target of a run's folder")
     add("--steps", type=int, help="of the decomposition (default: the preset's)")
+    add("--batch", type=int, help="windows in a step, of all processes together (default: the preset's)")
     add("--C", type=float, metavar="FACTOR", help="this many times the preset's subcomponents (default: 1)")
     add("--seed", type=int, help="of the target and the decomposition (default: 0)")
     add("--out", type=Path, help="run folder (default: runs/PRESET)")

@@ -470,7 +470,7 @@ def test_an_imported_gpt2_is_decomposed_by_command_and_read_after_its_file_is_go
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vpd, "processes", lambda: 3)
-    settings = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "C": 1}
+    settings = gpt.SETTINGS | {"preset": "laptop"}
     with pytest.raises(vpd.BadInput, match="batch of 8 does not divide over 3 processes"):
         gpt.open_run(settings, tmp_path / "run", "cpu")
     assert not (tmp_path / "run").exists()
