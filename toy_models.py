@@ -90,10 +90,11 @@ class Head(nn.Module):
 class InductionTransformer(nn.Module):
     """Tokens (B, T), a BOS of number 0 first -> logits (B, T, tokens + 1): attention only, no norm, weights by hand.
 
-    Layer 0 writes the token before. Where a token stands for the second time, layer 1 attends to the position after its
-    first place and copies the token there to the logits; elsewhere to BOS, which has no vector. Each matrix reads one
-    block of the stream: token, position or token before. (Of a whole stream the truth is not unique: a read direction
-    can trade weight on all tokens for weight on all positions.) Nothing is saturated: it could be scaled up at will."""
+    Layer 0 writes the token before (behind the first half; elsewhere a mean of tokens, which does no harm). Where a
+    token stands for the second time, layer 1 attends to the position after its first place and copies the token there
+    to the logits; elsewhere mostly to BOS, which has no vector. Each matrix reads one block of the stream: token,
+    position or token before. (Parts of a matrix that read all could trade weight on all tokens for weight on all
+    positions: not unique.) Attention and logits are far from saturated, so that the size of a part counts."""
     def __init__(self, tokens: int, length: int, dimensions: int):
         super().__init__()
         vectors = torch.eye(tokens) if dimensions == tokens else F.normalize(torch.randn(tokens, dimensions), dim=1)
@@ -143,7 +144,7 @@ class Toy:
         """(n, features) inputs, n by default as many as a step of the decomposition takes (with 256, more features of a
         residual MLP share a subcomponent). Each feature is present with probability `density`, with a value from U(0,
         1), or for a residual MLP U(-1, 1), and else 0. Induction: (n, length) tokens, a BOS and two halves, each of
-        tokens in random order, none twice: what is in the first half is needed in some sequences, not in others."""
+        tokens in random order, none twice: a token of the first half is needed in some sequences, not in others."""
         n = n or (64 if self.length else 512 if self.layers else 256)
         if self.length:
             first, second = (torch.rand(n, self.features, generator=generator).argsort(-1) + 1 for _ in range(2))
@@ -184,8 +185,8 @@ class Toy:
         return dataclasses.replace(config, **{f"w_{loss}": 0.0 for loss in without})
 
     def C(self) -> dict[str, int]:
-        """Subcomponents per matrix, several times what the truth needs: with half as many, some features of TMS share,
-        and some positions of induction."""
+        """Subcomponents per matrix, several times what the truth needs: with half as many, some features of TMS (and
+        positions of induction) come to share one."""
         N, M = self.features, self.dimensions
         if self.length:
             return {path: 8 * len(parts) for path, parts in mechanisms(self.model()).items()}
@@ -207,10 +208,10 @@ def parse_name(name: str, published: bool = False) -> Toy:
         return Toy(name, features, width, layers=layers, neurons=neurons)
     if match := re.fullmatch(r"induction(?:_(\d+)-(\d+)(?:-(\d+))?)?", name):
         tokens, length = int(match[1] or 8), int(match[2] or 9)
-        if 3 <= length <= 2 * tokens + 1 and 1 <= (dimensions := int(match[3] or tokens)) <= tokens:
+        if 3 <= length < 2 * tokens and 1 <= (dimensions := int(match[3] or tokens)) <= tokens:
             return Toy(name, tokens, dimensions, length=length)
     known = "tms_N-M or tms_N-M-id (N >= M >= 1), resid_mlp1, 2 or 3, induction or induction_TOKENS-LENGTH"
-    raise vpd.BadInput(f"unknown model {name!r}: give {known} (3 <= LENGTH <= 2 TOKENS + 1)")
+    raise vpd.BadInput(f"unknown model {name!r}: give {known} (3 <= LENGTH < 2 TOKENS)")
 
 def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
     """Train the model from scratch to compute x (TMS, with W and W^T tied) or x + ReLU(x) (residual MLP).
@@ -222,14 +223,11 @@ def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         x = toy.batch(data, 1024).to(device)
-        if toy.layers:
-            loss = F.mse_loss(model(x), x + F.relu(x))
-        else:
-            loss = F.mse_loss(F.relu(F.linear(model.W(x), model.W.weight.T, model.WT.bias)), x)
+        output = model(x) if toy.layers else F.relu(F.linear(model.W(x), model.W.weight.T, model.WT.bias))
+        loss = F.mse_loss(output, x + F.relu(x) if toy.layers else x)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        schedule.step()
+        optimizer.step(), schedule.step()
         if step % 100 == 99:
             vpd.progress(f"target model: step {step + 1}/{steps}  loss {loss.item():.2g}", False, False)
     if not toy.layers:
@@ -271,9 +269,9 @@ def in_features(toy: Toy, model: nn.Module, path: str, weights: Tensor) -> Tenso
         return weights @ model.embedding.T if path.endswith("in") else weights.mT @ model.embedding.T
     return weights.mT if path == "WT" else weights
 
-def subcomponents(decomposition: vpd.Decomposition, path: str) -> Tensor:
+def subcomponents(found: vpd.Decomposition, path: str) -> Tensor:
     """All rank-one matrices U_c V_c^T of a path, (C, d_out, d_in)."""
-    return torch.einsum("co,ic->coi", decomposition.U[path].detach(), decomposition.V[path].detach())
+    return torch.einsum("co,ic->coi", found.U[path].detach(), found.V[path].detach())
 
 def superposition_score(columns: Tensor, parts: Tensor) -> tuple[dict, Tensor]:
     """MMCS and ML2R of the ALIVE subcomponents `parts` (alive, M, N) for columns (M, N); and the best part of each.
@@ -302,7 +300,7 @@ def mechanisms(model: InductionTransformer) -> dict[str, Tensor]:
 
 def needed(ids: Tensor) -> dict[str, tuple]:
     """Where each mechanism is needed on sequences `ids` (B, T), by construction. {path: (what its mechanisms serve,
-    (sequences, positions, mechanisms))}, an entry for every token that stands twice."""
+    (sequences, positions, mechanisms))}: three lists, with one place for every token that stands twice."""
     sequence, first, second = (ids[:, :, None] == ids[:, None]).triu(1).nonzero().T  # its places
     after, token, copied = first + 1, ids[sequence, first] - 1, ids[sequence, first + 1] - 1
     places = {"0.q": ("position", after, first - 1), "0.k": ("position", first, first - 1)}
@@ -331,22 +329,23 @@ def score(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, data: Te
     {path: (alive subcomponents, g on probes)}, ordered by the probe that a subcomponent serves most. Probes: 0.75 times
     each feature alone; for induction the positions of one sequence. data: the evaluation set.
 
-    "importances": precision and recall of g > 0.1 against what is `needed`. "groups": of `vpd.cluster` on g > 0.01 (for
-    induction anywhere in a sequence), how many are found, how many true, and how many of the true found exactly. True:
-    what serves a feature on the probes, and all of the identity, and of W_out; for induction what serves a token, a
-    copied token or a position, by the weights."""
+    "importances": precision and recall of g > 0.1 against what is `needed`. "groups": how many `vpd.cluster` finds (on
+    g > 0.01; for induction anywhere in a sequence), how many are true, how many of these it finds exactly. True: for
+    each feature what serves it on the probes; all of the identity, or of a W_out; for induction, by the weights, what
+    serves each token, copied token and position."""
     probes = data[:1] if toy.length else 0.75 * torch.eye(toy.features, device=data.device)
     (_, on_probes), (_, g) = (vpd.predict_importances(model, decomposition, x) for x in (probes, data))
     g = {path: x[..., :-1] for path, x in g.items()}
-    drawn, groups, right, on, wanted = {}, collections.defaultdict(set), 0, 0, 0
+    drawn, groups, right, on, wanted = {}, collections.defaultdict(set), 0, 0, 0  # groups: {(what for, number): parts}
     for path, matrix in metrics["matrices"].items():
-        alive = (torch.tensor(matrix["mean_importance"]) > vpd.ALIVE).nonzero()[:, 0]
+        alive = (torch.tensor(matrix["mean_importance"], device=data.device) > vpd.ALIVE).nonzero()[:, 0]
         probe = on_probes[path].flatten(0, -2)[:, alive]  # (probes, alive)
         order = probe.argmax(0).add(len(probe) * (probe.amax(0) < 0.1)).argsort(stable=True)
         alive, probe = alive[order], probe[:, order]
         parts = in_features(toy, model, path, subcomponents(decomposition, path)[alive])
         drawn[path] = parts, probe
-        serves = [("feature", *place) for place in (probe > 0.1).nonzero().tolist()]  # (what for, number, subcomponent)
+        places = [(n, len(alive)) for n in range(len(probe))] + (probe > 0.1).nonzero().tolist()  # none: still a group
+        serves = [("feature", *place) for place in places]  # (what for, number, subcomponent)
         if path == "identity" or path.endswith("out"):
             serves = [(path, 0, c) for c in range(len(alive))]
         if toy.layers:
@@ -369,7 +368,7 @@ def score(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, data: Te
         g = {path: x.amax(1) for path, x in g.items()}
     names = [(path, c) for path, x in g.items() for c in range(x.shape[-1])]
     found = [{names[c] for c in group} for group in vpd.cluster(vpd.side_by_side(g) > 0.01)["groups"]]
-    exact = sum(group in found for group in groups.values())
+    exact = sum(list(groups.values()).count(group) == 1 for group in found)  # two features with one part are not found
     metrics["groups"] = {"found": len(found), "true": len(groups), "exact": exact}
     return drawn
 
@@ -391,16 +390,15 @@ def draw_subcomponents(toy: Toy, model: nn.Module, decomposition, path: str, par
     for axis, (title, matrix) in zip(axes.flat, shown):
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, size=9)
-        matrix = matrix.cpu().numpy()
         if len(matrix) == 2:
-            for feature, (x, y) in enumerate(matrix.T):
+            for feature, (x, y) in enumerate(matrix.T.tolist()):
                 arrow = {"arrowstyle": "->", "color": f"C{feature % 10}", "lw": 2}
                 if abs(x) + abs(y) > 0.02 * limit:  # else nothing but an arrowhead, which has a size of its own
                     axis.annotate("", (x, y), (0, 0), arrowprops=arrow)
             axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         else:
-            axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    more = "" if len(panels) == len(shown) else f" (the first {len(shown) - 2} of {len(parts)})"
+            axis.imshow(matrix.cpu(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    more = f" (the first 60 of {len(parts)})" * (len(parts) > 60)
     figure.suptitle(f"{toy.name}, {path}: one arrow or column per feature{more}", size=10)
     figure.savefig(file, dpi=110)
 
@@ -411,7 +409,7 @@ def draw_importances(toy: Toy, drawn: dict[str, tuple[Tensor, Tensor]], file: Pa
     axes = figure.subplots(down, across, squeeze=False)
     rows, probes = ("position", "one sequence") if toy.length else ("the one feature present", "one-hot probes")
     for axis, (path, (_, probe)) in zip(axes.flat, drawn.items()):
-        image = axis.imshow(probe.cpu().numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        image = axis.imshow(probe.cpu(), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set(title=path, xlabel="alive subcomponent", ylabel=rows)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.yaxis.get_major_locator().set_params(integer=True)
@@ -447,7 +445,8 @@ def table(metrics: dict) -> str:
         lines.append(f"{path:12s} {m['C']:5d} {m['alive']:6d} {m['l0']:6.2f}   {scores}")
     for title in ("divergence", "adversary", "importances", "groups"):
         if title in metrics:
-            lines.append(f"{title + ':':14s}" + "  ".join(f"{name} {x:.2g}" for name, x in metrics[title].items()))
+            shown = (f"{name} {x:.3g}" if isinstance(x, float) else f"{name} {x}" for name, x in metrics[title].items())
+            lines.append(f"{title + ':':14s}" + "  ".join(shown))
     return "\n".join(lines)
 
 def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, published: bool) -> dict:
@@ -462,8 +461,8 @@ def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, 
     seconds = {"target": target_seconds, "decomposition": json.loads(log[-1])["seconds"]}  # of all sessions of the run
     data = torch.Generator().manual_seed(10_000 + seed)
     data = toy.batch(data, 1_024 if toy.length else 20_000).to(device)  # never trained on
-    metrics = {"model": name, "seed": seed, "without": without, "seconds": seconds}
-    metrics |= vpd.evaluate(model, decomposition, [data], divergence, seed)
+    figures = vpd.evaluate(model, decomposition, [data], divergence, seed)
+    metrics = {"model": name, "seed": seed, "without": without, "seconds": seconds} | figures
     drawn = score(toy, model, decomposition, data, metrics)
     with vpd.replacing(out / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=1).encode())

@@ -215,7 +215,7 @@ def gpt2_tokenizer(folder: Path) -> Tokenizer:
         merges = [(numbers[a], numbers[b]) for a, b in pairs]
         wanted = [*gpt2_bytes(), *(a + b for a, b in pairs)]
         in_order = [numbers[name] for name in wanted] == list(range(len(wanted)))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BadInput(f"{folder} lacks vocab.json or merges.txt of a GPT-2 ({reason}): give --data FILE.bin") from None
     vpd.refuse(not in_order, f"{folder}/vocab.json does not number tokens as GPT-2 does: give --data FILE.bin")
@@ -390,6 +390,8 @@ GPT2_NAMES = {  # our modules -> those of Hugging Face's GPT-2, where q, k and v
     "attn.q": "attn.c_attn", "attn.k": "attn.c_attn", "attn.v": "attn.c_attn", "attn.o": "attn.c_proj",
     "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}  # fmt: skip
 
+MASKS = (".attn.bias", ".attn.masked_bias")  # of attention, in older files: no weights
+
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file: the length of a header, 8 bytes; the header, JSON; raw tensors."""
     kinds, content = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, file.read_bytes()
@@ -398,6 +400,8 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        if name.endswith(MASKS):
+            continue
         begin, end = entry["data_offsets"]
         raw = torch.frombuffer(bytearray(content[start + begin : start + end]), dtype=kinds[entry["dtype"]])
         tensors[name] = raw.reshape(entry["shape"])
@@ -412,20 +416,24 @@ def load_gpt2(source: Path) -> GPT:
         if source.is_dir():
             config, file = json.loads((source / "config.json").read_text()), source / "model.safetensors"
             file = file if file.exists() else source / "pytorch_model.bin"
-        read = read_safetensors if file.suffix == ".safetensors" else functools.partial(torch.load, weights_only=True)
-        given = {name.removeprefix("transformer."): x.float().cpu() for name, x in read(file).items()}
+        safe = file.suffix == ".safetensors"
+        given = read_safetensors(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        given = {name.removeprefix("transformer."): x.float() for name, x in given.items()}
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise BadInput(f"{file} is no checkpoint that can be read ({reason}): give a GPT-2") from error
-    given = {name: x for name, x in given.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks
+    given = {name: x for name, x in given.items() if not name.endswith(MASKS)}
     vpd.refuse(not {"wte.weight", "wpe.weight"} <= given.keys(), f"{file} lacks wte.weight or wpe.weight: give a GPT-2")
     (vocabulary, width), context = given["wte.weight"].shape, len(given["wpe.weight"])
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.refuse(not tied, f"{file}: lm_head.weight is not wte.weight; give a GPT-2 whose unembedding is its embedding")
-    heads, other = config.get("n_head", width // 64), config.get("activation_function", "gelu_new")
+    heads = config.get("n_head", width // 64)
     uneven = not heads or width % heads
     vpd.refuse(uneven, f"{file} is of width {width}, which {heads} heads do not divide: give its folder")
-    vpd.refuse(other != "gelu_new", f"{source}/config.json has the activation {other!r}: give a GPT-2, with gelu_new")
+    usual = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+             "scale_attn_by_inverse_layer_idx": (False,)}  # fmt: skip
+    unusual = [f"{name} {config[name]}" for name, known in usual.items() if config.get(name, known[0]) not in known]
+    vpd.refuse(unusual, f"{source}/config.json has {', '.join(unusual)}: give a GPT-2 as it was published")
     layers = 1 + max((int(match[1]) for name in given if (match := re.match(r"h\.(\d+)\.", name))), default=-1)
     epsilon = config.get("layer_norm_epsilon", 1e-5)
     model, state, used = GPT(Shape(layers, width, heads, context, vocabulary, epsilon)), {}, set()
@@ -462,7 +470,8 @@ class Run:
     device: str
 
 def sized(preset: Preset, shape: Shape) -> Preset:
-    """The preset with subcomponents and a G for a model of this shape, in the proportions of the published run."""
+    """The preset for a model of this shape: subcomponents in the proportions of the published run; G of twice the width
+    and half the depth."""
     parts = {"attn.q": 2 / 3, "attn.k": 2 / 3, "attn.v": 4 / 3, "attn.o": 4 / 3, "mlp.up": 4, "mlp.down": 14 / 3}
     heads = max(1, shape.width // 64)
     C = {matrix: max(1, round(part * shape.width)) for matrix, part in parts.items()}
@@ -480,6 +489,8 @@ def corpus(data: str, preset: Preset, places: list[Path]) -> tuple[np.ndarray, T
     else:
         text, gpt2 = read_text(Path(data)) if data else standard_library(), places[-1] / "config.json"
         tokenizer = gpt2_tokenizer(places[-1]) if gpt2.exists() else Tokenizer.learn(text, preset.shape.vocabulary)
+        more, vocabulary = len(tokenizer.bytes), preset.shape.vocabulary
+        vpd.refuse(more > vocabulary, f"the tokenizer has {more} tokens, but the model {vocabulary}: give its own")
         ids = tokenizer.encode(text)
     windows(len(ids), preset.shape.context, True)  # is it long enough?
     return ids, tokenizer
@@ -749,11 +760,13 @@ def described(run: Run, part: dict) -> str:
     return f"{part['matrix'] + ':' + str(part['c']):18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{moves}"
 
 def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
-    """Groups of alive subcomponents that are active together (`vpd.cluster`, g > 0.01), on ids (N, T), g {path: (N, T,
-    C)}. Writes groups.json: "found"; "span": how many have members in several layers; "bits_before", "bits_after": per
-    token; "groups": [{"members": ["MATRIX:NUMBER", ...], "active": share of positions, "by", "tokens"}, ...], the
-    largest first. What members have in common are the commonest tokens where they are active, see `clearness`."""
-    kept, sides = alive(run), neighbourhood(ids, run.preset.shape.vocabulary)
+    """Groups of alive subcomponents, of more than 3,000 those of the largest mean importance, that are active together
+    (`vpd.cluster`, g > 0.01), on ids (N, T), g {path: (N, T, C)}. Writes groups.json: "found"; "span": how many have
+    members in several layers; "bits_before", "bits_after": per token; "groups": [{"members": ["MATRIX:NUMBER", ...],
+    "active": share of positions, "by", "tokens": the commonest there, see `clearness`}, ...], the largest first."""
+    means, sides = mean_importances(run), neighbourhood(ids, run.preset.shape.vocabulary)
+    least = max(vpd.ALIVE, torch.cat(list(means.values())).sort(descending=True).values[:3000].min().item())
+    kept = {path: mean >= least for path, mean in means.items()}
     names = [f"{path}:{c}" for path, mask in kept.items() for c in mask.nonzero()[:, 0].tolist()]
     active = torch.cat([g[path][..., mask] for path, mask in kept.items()], -1) > 0.01  # (N, T, alive)
     found, groups = vpd.cluster(active), []
@@ -768,29 +781,29 @@ def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
         file.write(json.dumps(result, indent=1).encode())
     return result
 
-FLOWS = 4  # batches over which attributions are summed
+FLOWS = 4, 1500  # batches over which attributions are summed; parts, the clearest, that get any
 
 def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
-    """Direct attributions from part to part, summed over the positions of FLOWS batches where the target fires ([VPD]'s
-    dataset-aggregated attributions). Masks: the importances. {name: {"sources", "targets": [(name, sum), ...]}}, the
-    five strongest of each, among these parts."""
-    model, found, total = run.model, run.decomposition, collections.defaultdict(float)
-    names = {f"{part['matrix']}:{part['c']}" for part in parts}
-    for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device)[:FLOWS], "attributions"):
+    """How much parts add directly to each other's activation, summed over the positions where the target fires ([VPD]'s
+    dataset-aggregated attributions), with the importances as masks. {name of a part: {"sources", "targets": [(name,
+    sum), ...]}}, the five strongest of each."""
+    (number, most), model, found = FLOWS, run.model, run.decomposition
+    total, names = collections.defaultdict(float), {f"{part['matrix']}:{part['c']}" for part in parts}
+    for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device)[:number], "attributions"):
         _, g = vpd.predict_importances(model, found, batch)
         _, activations, writes = vpd.cut_forward(model, found, g, batch)
-        for part in parts:
-            target = f"{part['matrix']}:{part['c']}"
-            value = activations[part["matrix"]][..., part["c"]][g[part["matrix"]][..., part["c"]] > FIRES].sum()
-            for path, x in vpd.attributions(value, found, g, activations, writes).items():
-                x = x[..., :-1].sum((0, 1))  # (C,)
-                for c in x.abs().topk(min(5, len(x))).indices.tolist():
-                    if f"{path}:{c}" in names and x[c]:
-                        total[f"{path}:{c}", target] += x[c].item()
+        for target in parts[:most]:
+            path, c = target["matrix"], target["c"]
+            if (fires := g[path][..., c] > FIRES).any():
+                into = vpd.attributions(activations[path][..., c][fires].sum(), found, g, activations, writes)
+                for source, x in into.items():
+                    total[source, path, c] = total[source, path, c] + x[..., :-1].sum((0, 1))  # (C,)
+    pairs = [(f"{source}:{i}", f"{path}:{c}", x[i].item()) for (source, path, c), x in total.items()
+             for i in x.abs().topk(min(20, len(x))).indices.tolist()]  # fmt: skip
     strongest = {name: {"sources": [], "targets": []} for name in names}
-    for (source, target), x in sorted(total.items(), key=lambda pair: -abs(pair[1])):
+    for source, target, x in sorted(pairs, key=lambda pair: -abs(pair[2])):
         for name, side, other in ((target, "sources", source), (source, "targets", target)):
-            if len(strongest[name][side]) < 5:
+            if x and {name, other} <= names and len(strongest[name][side]) < 5:
                 strongest[name][side].append((other, x))
     return strongest
 
@@ -874,7 +887,7 @@ pre, section, .wide { overflow-x: auto } img { max-width: 32% } input, button, s
 #search { width: min(30em, 90%) } table { border-collapse: collapse } .list { width: 100% }
 th, td { text-align: left; padding: 2px 8px; border-bottom: 1px solid var(--line); vertical-align: top }
 .row, .cell, a, .token { cursor: pointer } .row:hover, .row:focus, .cell:hover, .on { background: var(--soft) }
-code, .example { font: 13px/1.8 ui-monospace, monospace; white-space: pre } .bars { letter-spacing: -1px }
+code, .bars, .example { font: 13px/1.8 ui-monospace, monospace; white-space: pre }
 code { background: var(--soft); margin-right: 4px } .cell, #body td:nth-child(2) { white-space: nowrap }
 .example { display: grid; grid-template-columns: 1fr auto 1fr; width: min(1130px, 90vw) }
 .example > * { overflow: hidden; min-width: 0 } .example > :first-child { text-align: right; direction: rtl }
@@ -950,7 +963,7 @@ function show(p, row) {
   for (const [side, list] of Object.entries(p.around)) tokens(facts, list, side + ': ')
   for (const [of, x] of Object.entries(p.bars)) add(facts, 'div', of + ': ' + bars(x), 'bars')
   if (p.moves.length) tokens(facts, p.moves, 'raises: '), tokens(facts, p.lowers, 'lowers: ')
-  links(facts, 'strongest sources, summed over the data: ', p.sources), links(facts, 'strongest targets: ', p.targets)
+  links(facts, 'strongest sources, summed over 4 batches: ', p.sources), links(facts, 'strongest targets: ', p.targets)
   if (p.match) add(facts, 'div', 'best match in the compared run: ' + p.match.join(', cosine '))
   if (p.group >= 0) links(facts, 'group ' + p.group + ': ', data.groups[p.group].members.map(name => [name]))
   for (const [ids, g, a, at] of p.examples) {
@@ -972,8 +985,9 @@ for (const cells of Object.values(layers)) {
     add(row, 'td', `${path}: ${alive} of ${C}, ${l0.toFixed(1)}`, 'cell',
       () => { get('search').value = path + ':'; draw() }).style.background = `rgba(var(--fire), ${l0 / 40})`
 }
-data.groups.filter(group => group.members.length > 1).forEach(group => {
-  const row = add(get('grouped'), 'tr'); add(row, 'td', group.members.length + ' parts')
+data.groups.forEach((group, n) => {
+  if (group.members.length < 2) return
+  const row = add(get('grouped'), 'tr'); add(row, 'td', 'group ' + n), add(row, 'td', group.members.length + ' parts')
   tokens(add(row, 'td'), group.tokens, group.by + ': '), links(add(row, 'td'), '', group.members.map(name => [name]))
 })
 for (const prompt of data.prompts) {

@@ -683,20 +683,19 @@ def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Cal
 def cluster(active: Tensor, alpha: float = 3.0) -> dict:
     """Which subcomponents are one component, because they are active together? By minimum description length.
 
-    active: bools (positions, C), for example g > 0.01. A group is active where any member is. To say of one position
-    what is active there costs log2(k) bits for each of the active groups, to name it out of k, and alpha for each of
-    its members, to write them out. alpha: what writing a subcomponent costs, in bits. The higher it is, the more alike
-    members must be; two equally frequent ones merge if each is active where the other is with a probability above
-    x / (1 + x), x = 2 alpha / log2(k). Greedy: all begin alone; the pair whose merger saves most, or costs least, is
-    merged, down to one group; the grouping that cost least on the way is the result. ours: [VPD] draws the pair at
-    random among the cheapest, and stops where the cost would rise.
+    active: bools (positions, C), for example g > 0.01. A group is active where any member is. What is active at a
+    position takes log2(k) + alpha * members bits for each group that is active there: its name, one of k groups, and
+    alpha to write out each member. The higher alpha, the more alike members must be: two equally frequent ones merge if
+    each is active where the other is with a probability of about 2 alpha / (2 alpha + log2(k)), 0.38 for 3 and k = 900.
+    Greedy: all begin alone; the pair whose merger costs least is merged, down to one group; the cheapest grouping on
+    the way is the result. ours: [VPD] draws the pair among the cheapest, and stops where the cost would rise.
 
     Returns {"groups": lists of columns of `active`, without those that are never active, the most often active first;
     "bits_before", "bits_after": the mean cost of a position with all alone, and of the result}."""
     active = active.flatten(0, -2)
     groups = [[c] for c in active.any(0).nonzero()[:, 0].tolist()]
     active = active[:, active.any(0)]  # (positions, k), a copy
-    both = (active.double().T @ active.double()).float()  # both[i, j]: where i and j are active; s = both[i, i]
+    both = active.float().T @ active.float()  # both[i, j]: where i and j are active; s = both[i, i]
     rank = torch.ones(len(groups), device=active.device)  # members of each group
     costs, best = [], []
     while groups:
@@ -706,8 +705,8 @@ def cluster(active: Tensor, alpha: float = 3.0) -> dict:
             best = [(n, group) for n, group in zip(s.tolist(), groups)]
         if k == 1:
             break
-        # What a merger changes, but for a term that is the same for all pairs. Where one of the two is active, the other
-        # is written out, too; where both are, that costs nothing new, and one name is saved.
+        # What a merger changes, without what is the same for all pairs: where only one of the two is active, the other
+        # is written out, too; where both are, one name is saved.
         written = alpha * (s[:, None] * rank + rank[:, None] * s)
         change = written - both * (math.log2(k - 1) + alpha * (rank[:, None] + rank))
         i, j = sorted(divmod(int(change.fill_diagonal_(math.inf).argmin()), k))

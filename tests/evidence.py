@@ -1,7 +1,7 @@
 """The paper's claims at the scale of a language model, one command each; not collected by pytest.
 
     python train_gpt2.py                                  # the target, and the decomposition that all claims start from
-    python tests/evidence.py losses --from runs/laptop    # into runs/evidence: losses.json, losses.png; prints a table
+    python tests/evidence.py losses --from runs/laptop    # into runs/laptop/evidence: losses.json, losses.png; a table
 
     losses       a decomposition without each of the five losses: what breaks? (two seeds, a quarter of the length)
     frontier     L0 against KL at five prices, at half the length
@@ -95,8 +95,9 @@ def axes(*titles: str) -> tuple[Figure, list]:
 # ---- The claims: each returns rows for the table, what else belongs in its json, and its figure ---------------------
 
 def losses(run, out: Path):
-    """What is each of the five losses for? Cross-entropy under masks g + (1 - g) r, with one r for all subcomponents: a
-    faithful decomposition does not depend on it. [VPD] shows this curve with and without the adversary."""
+    """What is each of the five losses for? (The warm-up on Delta-L2 stays.) Cross-entropy under masks g + (1 - g) r,
+    with one r for all subcomponents: a faithful decomposition does not depend on it. [VPD] shows this curve with and
+    without the adversary."""
     without = {"all five": (), "no stochastic": ("stochastic",), "no adversarial": ("adversarial",),
                "no importance": ("importance",), "no frequency": ("frequency",), "no delta": ("delta",),
                "no minimality": ("importance", "frequency")}  # fmt: skip
@@ -159,8 +160,8 @@ class Transcoder(nn.Module):
         return self.decode(a * on if sources is None else a * (on + (1 - on) * sources))
 
 def train_transcoder(run, layer: int, latents: int, k: int, lr: float, steps: int, seed: int) -> Transcoder:
-    """Fit a transcoder to the MLP of a layer: mean squared error, Adam, cosine, as many positions as a run sees.
-    A latent that was off for 20,000 positions is helped: the largest 32 of these are fitted to what is left over."""
+    """Fit a transcoder to the MLP of a layer: mean squared error, Adam, cosine; as many positions as a decomposition
+    sees. Latents that were off for 20,000 positions are helped: the 32 largest of them are fitted to the error."""
     torch.manual_seed(seed)
     coder, path = Transcoder(run.model.shape.width, latents, k).to(run.device), f"h.{layer}.mlp"
     optimizer = torch.optim.Adam(coder.parameters(), lr=lr)
@@ -215,9 +216,9 @@ def attack_transcoders(run, coders: dict[str, Transcoder]) -> float:
     """The largest KL in 80 steps of sign ascent on what is added back of latents that are off, one source each."""
     generator = torch.Generator().manual_seed(0)
     sources = {path: torch.rand(len(c.fired), generator=generator).requires_grad_() for path, c in coders.items()}
-    largest = 0.0
+    largest, some = 0.0, batches(run)[:8]
     for _ in range(81):
-        total = sum(vpd.kl(run.model(b).detach(), replaced(run, coders, b, sources)) for b in batches(run)[:8]) / 8
+        total = sum(vpd.kl(run.model(b).detach(), replaced(run, coders, b, sources)) for b in some) / len(some)
         largest = max(largest, total.item())
         for x, gradient in zip(sources.values(), torch.autograd.grad(total, list(sources.values()))):
             x.data.add_(0.1 * gradient.sign()).clamp_(0, 1)
@@ -235,22 +236,22 @@ def mlps_masked(run, decomposition, layers) -> tuple[dict, float]:
     forward = lambda b: vpd.masked_forward(run.model, decomposition.U, decomposition.V, masks(b, 0.0), b)
     with torch.no_grad():
         cases = [(batch, run.model(batch), masks(batch, 0.0)) for batch in batches(run)[:8]]
-        on = sum(g[path][..., :-1].sum(-1).mean().item() for _, _, g in cases for path in paths) / 8 / len(layers)
+        on = sum(g[path][..., :-1].sum(-1).mean().item() for _, _, g in cases for path in paths)
     attacked = vpd.fresh_adversary(run.model, decomposition, cases, vpd.kl)["80"]
-    return judged(run, forward, attacked), on
+    return judged(run, forward, attacked), on / len(cases) / len(layers)
 
 RATES, KS = (1e-3, 3e-3, 1e-2), (4, 8, 16, 32, 64)
 
-def best_transcoders(run, out: Path, k: int, seed: int = 0) -> list[Transcoder]:
-    """One transcoder for each layer's MLP; the learning rate is the best of RATES on the evaluation set."""
+def best_transcoders(run, out: Path, k: int, steps: int, seed: int = 0) -> list[Transcoder]:
+    """One transcoder for each layer's MLP; its learning rate is the best of RATES on the evaluation set."""
     coders, (_, metrics) = [], decomposed(run, out, "run")
     for layer in range(run.model.shape.layers):
         latents = sum(metrics["matrices"][f"h.{layer}.mlp.{m}"]["alive"] for m in ("up", "down"))
-        file = out / f"transcoder {layer} {k} {seed}.pt"
+        k, file = min(k, latents), out / f"transcoder {layer} {k} {steps} {seed}.pt"
         if not file.exists():
             found = []
             for lr in RATES:
-                coder = train_transcoder(run, layer, latents, k, lr, run.preset.config.steps, seed)
+                coder = train_transcoder(run, layer, latents, k, lr, steps, seed)
                 inputs, outputs = (torch.cat(x) for x in zip(*(mlp_io(run, f"h.{layer}.mlp", b) for b in batches(run))))
                 with torch.no_grad():
                     found.append(((coder(inputs) - outputs).square().mean().item(), lr, coder))
@@ -275,7 +276,7 @@ def transcoders(run, out: Path):
             figures, on = mlps_masked(run, decomposition, chosen)
             rows[f"subcomponents, price x {price:g}, {name}"] = {"on per MLP": on, **figures}
     for k in KS:
-        coders = best_transcoders(run, out, k)
+        coders = best_transcoders(run, out, k, run.preset.config.steps // 2)  # as long as the decompositions
         dead = [(coder.fired > 20_000).sum().item() for coder in coders]
         for name, chosen in which.items():
             used = {f"h.{i}.mlp": coders[i] for i in chosen}
@@ -298,7 +299,7 @@ def seeds(run, out: Path):
     0.35 to 0.81."""
     first = run.preset.config.seed
     found = [decomposed(run, out, "run"), *(decomposed(run, out, f"seed {s}", seed=s) for s in (first + 1, first + 2))]
-    coders = [best_transcoders(run, out, 16, seed) for seed in range(3)]
+    coders = [best_transcoders(run, out, 16, run.preset.config.steps, seed) for seed in range(3)]
     rows = {}
     for i, j in ((0, 1), (0, 2), (1, 2)):
         rows[f"subcomponents of seeds {i}, {j}"] = agreement(found[i], found[j])
@@ -383,19 +384,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", choices=CLAIMS)
     parser.add_argument("--from", dest="source", type=Path, required=True, help="the folder of a finished run")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="default: runs/evidence")
+    parser.add_argument("--out", type=Path, help="default: evidence in that folder; for one run alone")
     options = parser.parse_args()
     try:
         run = train_gpt2.load(options.source)
-        options.out.mkdir(parents=True, exist_ok=True)
-        rows, more, figure = CLAIMS[options.claim](run, options.out)
+        (out := options.out or options.source / "evidence").mkdir(parents=True, exist_ok=True)
+        rows, more, figure = CLAIMS[options.claim](run, out)
     except vpd.BadInput as error:
         sys.exit(f"error: {error}")
     claim = CLAIMS[options.claim]
-    with vpd.replacing(options.out / f"{options.claim}.json") as file:
+    with vpd.replacing(out / f"{options.claim}.json") as file:
         file.write(json.dumps({"claim": claim.__doc__, "rows": rows, **more}, indent=1).encode())
-    figure.savefig(options.out / f"{options.claim}.png", dpi=110)
-    print(f"{claim.__doc__}\n\n{table(rows)}\n\n{options.claim}.json and {options.claim}.png are in {options.out}")
+    figure.savefig(out / f"{options.claim}.png", dpi=110)
+    print(f"{claim.__doc__}\n\n{table(rows)}\n\n{options.claim}.json and {options.claim}.png are in {out}")
 
 if __name__ == "__main__":
     main()
