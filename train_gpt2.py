@@ -546,8 +546,22 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         except RuntimeError:  # G has other parts
             raise BadInput(f"{folder} was made by other code or another preset: make the run anew") from None
     else:
-        decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, out, CHECKPOINT_SECONDS)
+        look = functools.partial(glance, model, validation_batches(ids, preset, device)[:4])
+        decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, out, CHECKPOINT_SECONDS, look)
     return Run(folder, settings, preset, model, ids, tokenizer, record, decomposition, device)
+
+def glance(model: GPT, batches: list[Tensor], found: vpd.Decomposition) -> dict[str, float]:
+    """How good a decomposition is by now, on a few validation batches: KL, L0 and alive, for the log."""
+    cases = [(batch, *vpd.predict_importances(model, found, batch)) for batch in batches]
+    counts, kl = vpd.count_subcomponents(cases)["total"], collections.Counter()
+    for batch, target, g in cases:
+        for name, masks in vpd.evaluation_masks(g, torch.Generator(batch.device).manual_seed(0)):
+            if name in ("stochastic", "rounded_0"):
+                with torch.no_grad(), vpd.precision(batch.device, found.bf16):
+                    output = vpd.masked_forward(model, found.U, found.V, masks, batch)
+                kl["validation KL " + label(name)] += vpd.kl(target, output).item() / len(cases)
+    names = {"l0": "L0", "l0_above_0.1": "L0 above 0.1", "alive": "alive"}
+    return dict(kl) | {f"validation {name}": counts[key] for key, name in names.items()}
 
 def load(folder: str | Path, device: str = "cpu") -> Run:
     """A finished run, to work with in Python: its model, decomposition, tokenizer, corpus (`ids`). Raises BadInput."""

@@ -458,7 +458,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
 
 def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Generator], Tensor],
               divergence: Divergence, config: Config = Config(), out: str | Path | None = None,
-              checkpoint_seconds: float = 60) -> Decomposition:  # fmt: skip
+              checkpoint_seconds: float = 60, glance: Callable | None = None) -> Decomposition:  # fmt: skip
     """Decompose the `nn.Linear`s named by the keys of C into C[path] subcomponents each.
 
     model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
@@ -467,9 +467,10 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
     out: a folder (section 10) for run.json, log.jsonl, and every `checkpoint_seconds` and at the end checkpoint.pt. If
         it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with equal
         threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
+    glance(decomposition): figures {name: number} for log.jsonl, asked for every tenth of the run.
     Raises BadInput before any training (see `check`, `claim_folder`, `load_checkpoint`), or if a batch has another
     shape than the first, or a loss is not finite."""
-    training, next_batch, after_step = open_run(model, C, get_batch, config, out, checkpoint_seconds)
+    training, next_batch, after_step = open_run(model, C, get_batch, config, out, checkpoint_seconds, glance)
     if training.step == 0:
         faithfulness_warmup(model, training.decomposition, config)
     while training.step < config.steps:
@@ -821,8 +822,8 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
     found, ascent = Decomposition(U, V, G, config.bf16), start_adversary(sources, config)
     return Training(found, [of_UV, of_G], sources, ascent, data, noise)
 
-def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds) -> tuple[Training, Callable, Callable]:
-    """The training, new or as its folder holds it; next_batch(); and after_step(values), which logs and saves."""
+def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds, glance=None) -> tuple:
+    """The `Training`, new or as its folder holds it; next_batch(); and after_step(values), which logs and saves."""
     batch = get_batch(torch.Generator().manual_seed(config.seed))
     inputs = check(model, C, batch, config)
     device, folder = next(iter(inputs.values())).device, Path(out) if out else None
@@ -843,8 +844,9 @@ def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds) -> tu
         nonlocal now, saved
         before, now = now, time.monotonic()
         training.seconds += now - before
-        last = training.step == config.steps
-        if rank() == 0 and (last or training.step % max(1, config.steps // 200) == 0):
+        last, look = training.step == config.steps, training.step % max(1, config.steps // 10) == 0
+        if rank() == 0 and (last or look or training.step % max(1, config.steps // 200) == 0):
+            values = values | glance(training.decomposition) if glance and look else values
             log_step(values, training, config, folder)
         due = torch.tensor(float(last or training.seconds - saved > checkpoint_seconds), device=device)
         global_mean([due])  # all processes save at the same step: as soon as one of them is due
@@ -1031,8 +1033,10 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
     from matplotlib.figure import Figure  # here, so that the method itself runs without it
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     left, right = (figure := Figure(figsize=(12, 4), layout="constrained")).subplots(1, 2)
-    for name in [name for name in lines[0] if name not in ("step", "seconds") and not name.startswith("gradient")]:
-        left.plot([line["step"] for line in lines], [line[name] for line in lines], label=name.replace("_", " "))
+    for name in dict.fromkeys(name for line in lines for name in line):
+        if name not in ("step", "seconds") and not name.startswith("gradient"):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            left.plot(*zip(*points), ".-" if len(points) < 20 else "-", label=name.replace("_", " "))
     for n, (path, matrix) in enumerate(metrics["matrices"].items()):
         mean = [max(x, 1e-8) for x in sorted(matrix["mean_importance"], reverse=True)]
         label, style = f"{path}: {matrix['alive']} alive of {matrix['C']}", ("-", "--", ":")[n % 3]

@@ -53,6 +53,21 @@ def same(a, b):
     return a == b
 
 
+def test_a_glance_every_tenth_of_a_run_is_logged_and_changes_nothing(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=27)
+    plain, looks = decompose_net(tmp_path / "plain", config), []
+    def glance(decomposition):
+        looks.append(decomposition.U["first"].norm().item())
+        torch.rand(3)  # what it draws is not the run's
+        return {"norm": looks[-1]}
+    seen = vpd.decompose(net(), C, batches, vpd.mse, config, tmp_path / "seen", glance=glance)
+    assert same(plain.U, seen.U) and same(plain.G.state_dict(), seen.G.state_dict())
+    lines = [json.loads(line) for line in (tmp_path / "seen" / "log.jsonl").read_text().splitlines()]
+    assert [line["norm"] for line in lines if "norm" in line] == looks
+    assert [line["step"] for line in lines if "norm" in line] == list(range(2, 28, 2))  # every 27 // 10 steps
+    vpd.draw_run({"matrices": {}}, tmp_path / "seen" / "log.jsonl", tmp_path / "training.png")
+
+
 def test_a_run_killed_again_and_again_ends_bit_identical_to_one_that_was_never_interrupted(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([sys.executable, "-c", RUN, whole], check=True, capture_output=True)

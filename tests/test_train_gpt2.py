@@ -331,6 +331,10 @@ def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monk
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     settings = {"preset": "laptop", "data": str(tmp_path / "text.txt"), "init_from": "", "seed": 0, "steps": 0, "C": 1}
     metrics = gpt.evaluate(gpt.open_run(settings, tmp_path, "cpu"))
+    last = json.loads((tmp_path / "decomposition" / "log.jsonl").read_text().splitlines()[-1])
+    for name, of in (("L0", "l0"), ("L0 above 0.1", "l0_above_0.1"), ("alive", "alive")):  # on all 4 validation batches
+        assert last[f"validation {name}"] == pytest.approx(metrics["total"][of])
+    assert last["validation KL rounded at 0"] == pytest.approx(metrics["kl"]["rounded_0"], rel=1e-4)
     assert metrics["target"]["curve"][-1][1] < metrics["target"]["curve"][0][1]  # it learned
     assert metrics["total"]["C"] == 2 * 20 and set(metrics["matrices"]) >= {"h.0.attn.q", "h.1.mlp.down"}
     assert json.loads((tmp_path / "metrics.json").read_text())["kl"] == metrics["kl"]
