@@ -310,7 +310,7 @@ PRESETS = {
         target_steps=100_000, target_lr=6e-4,
         C={"attn.q": 512, "attn.k": 512, "attn.v": 1024, "attn.o": 1024, "mlp.up": 3072, "mlp.down": 3584},
         config=vpd.Config(steps=400_000, lr=5e-5, muon=0, beta2=0.999, clip_G=math.inf, w_importance=2e-4,
-                          w_frequency=1e-4, w_delta=1e7, G_width=2048, G_blocks=8, G_heads=16, G_activations="none",
+                          w_frequency=1e-4, w_delta=1e7, G_width=2048, G_blocks=8, G_heads=16, G_activations=False,
                           bf16=True, **COMMON)),
 }  # fmt: skip
 EVALUATED = 16_384  # positions of validation text, at least
