@@ -173,7 +173,7 @@ def test_a_decomposition_that_was_found_shows_the_induction_path_and_nothing_els
     toy = toy_models.parse_name("induction_4-5")
     torch.manual_seed(0)
     model = toy.model().eval()
-    config = dataclasses.replace(toy.config(0), steps=1500)
+    config = dataclasses.replace(toy.config(0), steps=2000)
     decomposition = vpd.decompose(model, toy.C(), toy.batch, vpd.kl, config)
     checked = 0
     for ids in toy.batch(torch.Generator().manual_seed(1), 40):
@@ -184,7 +184,7 @@ def test_a_decomposition_that_was_found_shows_the_induction_path_and_nothing_els
         token = int(ids[s + 1])
         _, g = vpd.predict_importances(model, decomposition, ids[None])
         outcome = lambda logits: logits[0, -1, token] - logits[0, -1].mean()
-        graph = vpd.attribution_graph(model, decomposition, g, ids[None], outcome)
+        graph = vpd.attribution_graph(model, decomposition, g, ids[None], outcome, share=0.005)
         places = [(node["matrix"].removeprefix("layers."), node["position"]) for node in graph["nodes"]]
         edges = {(places[edge["source"]], places[edge["target"]]) for edge in graph["edges"]}
         o0, o1 = ("0.o", s + 1), ("1.o", t)
