@@ -337,7 +337,7 @@ def attack(run, out: Path):
     which = {"run": decomposed(run, out, "run")[0]}
     which["no adversary"] = decomposed(run, out, "no adversarial", w_adversarial=0.0)[0]
     rows, curves = {}, {}
-    figure, (axis,) = axes("one source per subcomponent, 320 steps: the largest so far")
+    figure, (axis,) = axes("the largest so far, one source per subcomponent")
     for name, decomposition in which.items():
         cases = [(batch, *vpd.predict_importances(run.model, decomposition, batch)) for batch in batches(run)]
         for size in (0.1, 0.02):
