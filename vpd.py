@@ -717,9 +717,8 @@ def cluster(active: Tensor, alpha: float = 3.0) -> dict:
         both[j], both[:, j] = both[-1], both[:, -1]
         groups, rank, active, both = groups[:-1], rank[:-1], active[:, :-1], both[:-1, :-1]
         both[i] = both[:, i] = active[active[:, i]].sum(0)
-    best = [group for _, group in sorted(best, reverse=True)]
-    before, after = (cost / max(1, len(active)) for cost in ([*costs[:1], min(costs)] if costs else (0.0, 0.0)))
-    return {"groups": best, "bits_before": before, "bits_after": after}
+    best, costs, positions = [group for _, group in sorted(best, reverse=True)], costs or [0.0], max(1, len(active))
+    return {"groups": best, "bits_before": costs[0] / positions, "bits_after": min(costs) / positions}
 
 def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, Tensor]]:
     """For each subcomponent of one decomposition, its largest cosine with a subcomponent of another.

@@ -10,7 +10,8 @@
     sizes        half, twice and four times the subcomponents
     attack       20 to 320 steps of the fresh adversary, on the run and on one trained without an adversary
 
-Each takes under an hour on two cores. A killed command goes on when it is repeated.
+`losses` and `attack` take under an hour; the others ran in small only, and are unmeasured. A killed command goes on
+when it is repeated.
 [VPD] is "Interpreting Language Model Parameters" (2026); its figures are those of another, larger model."""
 
 from __future__ import annotations
