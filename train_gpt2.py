@@ -313,14 +313,15 @@ PRESETS = {
                           w_frequency=1e-4, w_delta=1e7, G_width=2048, G_blocks=8, G_heads=16, G_activations=False,
                           bf16=True, **COMMON)),
 }  # fmt: skip
-EVALUATED = 16_384  # positions of validation text, at least
-CHECKPOINT_SECONDS = 60  # what a kill costs at most
+EVALUATED = 16_384  # positions of validation text, at least; but one batch for ten steps at most
+CHECKPOINT_SECONDS = 60  # what a kill costs at most; where checkpoints are gigabytes, five times that
 
 def validation_batches(ids: np.ndarray, preset: Preset, device: str) -> list[Tensor]:
-    """The evaluation set, batches (B, T): the same for the target's curve and for the decomposition."""
-    generator = torch.Generator().manual_seed(12345)
-    number = -(-EVALUATED // (preset.batch * preset.shape.context))
-    return [sample(ids, preset.shape.context, preset.batch, True, generator).to(device) for _ in range(number)]
+    """The evaluation set, (B, T) as large as a micro-batch: the same for the target's curve and the decomposition."""
+    T, B, generator = preset.shape.context, preset.batch, torch.Generator().manual_seed(12345)
+    number = max(1, min(-(-EVALUATED // (B * T)), preset.config.steps // 10))
+    windows = torch.cat([sample(ids, T, B, True, generator) for _ in range(number)])
+    return list(windows.to(device).split(B // vpd.processes() // preset.config.accumulate))
 
 @torch.no_grad()
 def validation_loss(model: GPT, batches: list[Tensor], bf16: bool = False) -> float:
@@ -454,7 +455,8 @@ def load_gpt2(source: Path) -> GPT:
 # ---- A run: the target, its decomposition (stage 2 is vpd.decompose), and what they leave in a folder ---------------
 
 # Of a run, by default: the standard library, a target of its own, the preset's steps and batch; C is a factor.
-SETTINGS = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "batch": 0, "C": 1}
+SETTINGS = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "batch": 0, "accumulate": 1,
+            "C": 1}  # fmt: skip
 
 @dataclass
 class Run:
@@ -477,6 +479,31 @@ def sized(preset: Preset, shape: Shape) -> Preset:
     C = {matrix: max(1, round(part * shape.width)) for matrix, part in parts.items()}
     G = {"G_width": 2 * heads * (shape.width // heads), "G_blocks": max(1, shape.layers // 2), "G_heads": heads}
     return replace(preset, C=C, config=replace(preset.config, **G))
+
+def peak_memory(model: GPT, C: dict[str, int], positions: int, config: vpd.Config) -> float:
+    """Gigabytes that a training step takes, for C {path: number} and so many positions of a process; ours, fitted to
+    measurements on the CPU. U and V, G and the sources have gradients and moments; all else is of a micro-batch."""
+    sizes = {path: sum(model.get_submodule(path).weight.shape) for path in C}  # d_in + d_out
+    K, UV = sum(C.values()) + len(C), sum(n * sizes[path] for path, n in C.items())
+    G = config.G_width * (sum(sizes.values()) / 2 + 12 * config.G_width * config.G_blocks + K)
+    here = 15 * K + 6 * model.shape.vocabulary + 3 * sum(sizes.values()) + 13 * config.G_width * config.G_blocks
+    lasting = sum(x.numel() for x in model.parameters()) + (3 if config.muon else 4) * UV + 4 * G + 3 * K * positions
+    return 4e-9 * (lasting + here * positions / config.accumulate)
+
+def check_memory(model: GPT, C: dict[str, int], preset: Preset, device: str) -> None:
+    """Say what a step takes, and what the device has. Raises BadInput, naming a batch that would fit, if it does not."""
+    B, n, has = preset.batch // vpd.processes(), preset.config.accumulate, math.inf
+    with contextlib.suppress(ValueError, AttributeError):  # Windows does not say
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        has = torch.cuda.mem_get_info(device)[0] / 1e9 if device.startswith("cuda") else has
+    takes = lambda b, n: peak_memory(model, C, b * preset.shape.context, replace(preset.config, accumulate=n))
+    others = [*((B, n) for n in range(1, B + 1) if B % n == 0), *((b, b) for b in range(B - 1, 0, -1))]
+    b, parts = next((other for other in others if takes(*other) < has), (0, 0))
+    advice = f"give --batch {b * vpd.processes()} --accumulate {parts}" if b else "give fewer subcomponents with --C"
+    line = f"a step takes about {takes(B, n):.1f} GB, and {device} has {has:.1f}"
+    vpd.refuse(takes(B, n) > has, f"{line}: {advice}")
+    if vpd.rank() == 0:
+        print(line, file=sys.stderr)
 
 def corpus(data: str, preset: Preset, places: list[Path]) -> tuple[np.ndarray, Tokenizer | None]:
     """Token ids (tokens,), and the tokenizer that made them (None for a .bin), from the first run folder that has them.
@@ -501,7 +528,8 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
     settings = SETTINGS | settings
     preset, data, seed, n = PRESETS[settings["preset"]], settings["data"], settings["seed"], vpd.processes()
     preset = replace(preset, batch=settings["batch"] or preset.batch)
-    vpd.refuse(preset.batch % n, f"a batch of {preset.batch} does not divide over {n} processes: choose another number")
+    parts, what = n * settings["accumulate"], f"{n} processes and {settings['accumulate']} micro-batches"
+    vpd.refuse(preset.batch % parts, f"a batch of {preset.batch} does not divide over {what}: choose another number")
     places = [folder, Path(settings["init_from"])] if settings["init_from"] else [folder]
     torch.manual_seed(seed)
     with vpd.rank_0_first():  # the others load what process 0 has saved
@@ -518,8 +546,14 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         if record and not record["curve"]:  # it was not trained here
             preset = sized(preset, model.shape)
         shape = replace(model.shape, context=min(model.shape.context, preset.shape.context))
-        config = replace(preset.config, seed=seed, steps=settings["steps"] or preset.config.steps)
+        given = {"seed": seed, "steps": settings["steps"] or preset.config.steps, "accumulate": settings["accumulate"]}
+        config = replace(preset.config, **given)
         preset = replace(preset, shape=shape, config=config)
+        numbers = [(matrix, max(1, round(number * settings["C"]))) for matrix, number in preset.C.items()]
+        C = {f"h.{i}.{matrix}": number for i in range(shape.layers) for matrix, number in numbers}
+        finished = (folder / "metrics.json").exists()
+        if not finished:
+            check_memory(model, C, preset, device)
         ids, tokenizer = corpus(data, preset, places)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "settings.json").exists():  # first: with the settings alone a killed run can be resumed
@@ -533,13 +567,10 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
             with vpd.replacing(folder / "tokenizer.json") as file:  # last: it says that tokens.npy is whole
                 file.write(json.dumps({"merges": tokenizer.merges, "gpt2": tokenizer.gpt2}).encode())
     model = model.to(device).eval()
-    finished = (folder / "metrics.json").exists()
     if settings["preset"] != "laptop" and not device.startswith("cuda") and vpd.rank() == 0 and not finished:
         print(f"warning: the preset {settings['preset']} is for GPUs; on {device} it takes very long", file=sys.stderr)
     record = record or train_target(model, ids, preset, seed, folder, device)
     out, get_batch = folder / "decomposition", functools.partial(sample, ids, shape.context, preset.batch // n, False)
-    numbers = [(matrix, max(1, round(number * settings["C"]))) for matrix, number in preset.C.items()]
-    C = {f"h.{i}.{matrix}": number for i in range(shape.layers) for matrix, number in numbers}
     if finished:  # whatever the number of processes that made it
         try:
             decomposition = vpd.load_decomposition(out, config, device)
@@ -547,13 +578,14 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
             raise BadInput(f"{folder} was made by other code or another preset: make the run anew") from None
     else:
         look = functools.partial(glance, model, validation_batches(ids, preset, device)[:4])
-        decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, out, CHECKPOINT_SECONDS, look)
+        seconds = CHECKPOINT_SECONDS * (5 if sum(C.values()) > 10_000 else 1)
+        decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, out, seconds, look)
     return Run(folder, settings, preset, model, ids, tokenizer, record, decomposition, device)
 
 def glance(model: GPT, batches: list[Tensor], found: vpd.Decomposition) -> dict[str, float]:
     """How good a decomposition is by now, on a few validation batches: KL, L0 and alive, for the log."""
     cases = [(batch, *vpd.predict_importances(model, found, batch)) for batch in batches]
-    counts, kl = vpd.count_subcomponents(cases)["total"], collections.Counter()
+    counts, kl = vpd.count_subcomponents(g for _, _, g in cases)["total"], collections.Counter()
     for batch, target, g in cases:
         for name, masks in vpd.evaluation_masks(g, torch.Generator(batch.device).manual_seed(0)):
             if name in ("stochastic", "rounded_0"):
@@ -1116,7 +1148,7 @@ def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
         for masks in (importances, rounded):
             with torch.no_grad(), vpd.precision(run.device, run.decomposition.bf16):
                 ce.append(loss(vpd.masked_forward(model, decomposition.U, decomposition.V, masks, ids)).item())
-        case = [(ids, target, importances)]  # the adversary moves what was active before pruning; all else stays random
+        case = lambda: [(ids, target, importances)]  # it moves what was active before pruning; all else stays random
         attacked = vpd.fresh_adversary(
             model, decomposition, case, lambda _, output: loss(output), ids.shape, active)
         nodes = sum(int((x > 0).sum()) for x in importances.values())
@@ -1399,8 +1431,8 @@ def chosen_settings(given: dict, folder: Path, resume: bool, reading: bool) -> d
         other = ", ".join(f"--{name.replace('_', '-')}" for name, value in given.items() if value != own[name])
         vpd.refuse(other, f"{folder} was made with another {other}: leave it out, or make a new run with another --out")
         return own
-    limits = (("seed", 0, 10**9 - 1), ("steps", 1, math.inf), ("batch", 1, 10**6), ("C", 0.001, 100))
-    for name, least, most in limits:
+    limits = {"seed": (0, 10**9 - 1), "steps": (1, math.inf), "C": (0.001, 100)}
+    for name, (least, most) in (limits | {"batch": (1, 10**6), "accumulate": (1, 10**6)}).items():
         value = given.get(name, least)
         vpd.refuse(not least <= value <= most, f"--{name} is {value:g}: give {least:g} to {most:g}")
     if vpd.rank() == 0:  # the other processes come after process 0, which has claimed the folder
@@ -1426,6 +1458,7 @@ def main() -> None:
     add("--init-from", metavar="FILE", help="decompose this GPT-2 (pytorch_model.bin), or the target of a run's folder")
     add("--steps", type=int, help="of the decomposition (default: the preset's)")
     add("--batch", type=int, help="windows in a step, of all processes together (default: the preset's)")
+    add("--accumulate", type=int, metavar="N", help="N micro-batches in a step, for less memory (default: 1)")
     add("--C", type=float, metavar="FACTOR", help="this many times the preset's subcomponents (default: 1)")
     add("--seed", type=int, help="of the target and the decomposition (default: 0)")
     add("--out", type=Path, help="run folder (default: runs/PRESET)")

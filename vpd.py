@@ -311,17 +311,19 @@ def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
 # uphill on the reconstruction loss. The data at a place changes from step to step, so such an adversary becomes good at
 # what hurts on many inputs. It takes four times the memory of g (value, gradient, two moments).
 
-def start_adversary(sources: Tensor, config: Config) -> torch.optim.Adam:
+def start_adversary(sources: list[Tensor], config: Config) -> torch.optim.Adam:
     """The optimizer that moves the sources (..., K) uphill."""
     # ours: eps = 1e-20, not 1e-8: the gradient of one source shrinks with the batch (toys are too small to need it)
-    lr, betas, fused = config.adversary_lr, (0.5, 0.99), sources.device.type in ("cpu", "cuda")
-    return torch.optim.Adam([sources.requires_grad_()], lr=lr, betas=betas, eps=1e-20, maximize=True, fused=fused)
+    lr, betas, fused = config.adversary_lr, (0.5, 0.99), sources[0].device.type in ("cpu", "cuda")
+    leaves = [x.requires_grad_() for x in sources]
+    return torch.optim.Adam(leaves, lr=lr, betas=betas, eps=1e-20, maximize=True, fused=fused)
 
 @torch.no_grad()
 def ascend(ascent: torch.optim.Optimizer, sources: Tensor, gradient: Tensor) -> None:
-    """One step of the adversary along the gradient of its sources, which are then clamped to [0, 1]."""
+    """One step of the adversary along the gradient of these sources, which are then clamped to [0, 1]."""
     sources.grad = gradient
-    ascent.step()
+    ascent.step()  # it moves what has a gradient
+    sources.grad = None
     sources.clamp_(0, 1)
 
 # ---- 6  Settings, and the training step: the heart ------------------------------------------------------------------
@@ -360,6 +362,7 @@ class Config:
     G_heads: int = 4  # [16] the transformer's attention heads
     G_activations: bool = True  # [False] the transformer's scores see the size of their own activation, too
     bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs
+    accumulate: int = 1  # [1] micro-batches in a step, one after the other: for less memory, the same gradients
 
 @dataclass
 class Decomposition:
@@ -374,7 +377,7 @@ class Training:
     """Everything that changes while training, and that a checkpoint holds."""
     decomposition: Decomposition
     optimizers: list[torch.optim.Optimizer]  # of U and V, and of G
-    sources: Tensor  # the persistent adversary's, (..., K)
+    sources: list[Tensor]  # the persistent adversary's, (..., K) for each micro-batch
     ascent: torch.optim.Optimizer  # of the sources, uphill
     data: torch.Generator  # for batches, on the CPU
     noise: torch.Generator  # for stochastic sources and routing, on the model's device
@@ -385,61 +388,80 @@ def precision(device: torch.device | str, bf16: bool):
     """A context in which matrix products run in bfloat16, if `bf16`, and else in float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
 
+def predict(model, found: Decomposition, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """On a batch: the target's output, the scores z (..., sum C) and the causal importances g (..., K)."""
+    with precision(batch.device, found.bf16):
+        target, inputs = forward_with_inputs(model, found.U, batch)
+        z = found.G(inputs, found.U, found.V)
+    return target, z, causal_importances(z, found.U)
+
 def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms. Raises
     BadInput if one of them is not finite, before U, V and G are changed.
 
-    Peak memory in bytes: 4 * positions * (18 * sum C + 6 * outputs per position), with the sources and their moments,
-    beside that of the model and of G. `global_sum` and `global_mean` (section 10) change nothing for one process."""
-    U, V, G, sources = training.decomposition.U, training.decomposition.V, training.decomposition.G, training.sources
+    What it takes: `peak_memory`. `global_sum` and `global_mean` (section 10) change nothing for one process."""
+    U, V, G = training.decomposition.U, training.decomposition.V, training.decomposition.G
     UV, G_parameters = [*U.values(), *V.values()], list(G.parameters())
 
     elapsed = training.step / config.steps
     cosine = 0.5 * (1 + math.cos(math.pi * elapsed))
     for optimizer, lr in zip(training.optimizers, (config.lr * (config.muon or 1), config.lr)):
         optimizer.param_groups[0]["lr"] = lr * (config.lr_final + (1 - config.lr_final) * cosine)
+        optimizer.zero_grad()
     training.ascent.param_groups[0]["lr"] = config.adversary_lr * min(1, (training.step + 1) / (0.025 * config.steps))
     p = config.p_start + (config.p_end - config.p_start) * elapsed
     price_factor = config.price_start ** (1 - elapsed)
 
-    with precision(batch.device, config.bf16):
-        # The target, and what G thinks is needed of it here
-        target, inputs = forward_with_inputs(model, U, batch)
-        z = G(inputs, U, V)  # (..., sum C)
-        g = causal_importances(z, U)  # (..., K)
-
-        # The adversary's inner ascent; g_leaf is g cut off from G
-        g_leaf = g.detach().requires_grad_()
-        for _ in range(config.adversary_steps if config.w_adversarial else 0):
-            loss = adversarial_reconstruction(model, U, V, g_leaf, batch, target, divergence, sources)
-            ascend(training.ascent, sources, *torch.autograd.grad(loss, sources))
-
-        # total = config.w_stochastic * loss_stochastic + config.w_adversarial * loss_adversarial
-        #         + price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
-        #         + config.w_delta * loss_delta
-        # Each reconstruction loss is differentiated immediately, which frees its graph before the next one is built.
-        # Both gradients of g add up in g_leaf; below, one backward pass takes the sum through G.
-        for x in [*UV, *G_parameters, sources]:
-            x.grad = None
-        loss_stochastic = loss_adversarial = torch.zeros((), device=batch.device)
-        if config.w_stochastic:
-            loss_stochastic = stochastic_reconstruction(model, U, V, g_leaf, batch, target, divergence, training.noise)
-            (config.w_stochastic * loss_stochastic).backward(inputs=[*UV, g_leaf])
-        if config.w_adversarial:
-            loss_adversarial = adversarial_reconstruction(model, U, V, g_leaf, batch, target, divergence, sources)
-            (config.w_adversarial * loss_adversarial).backward(inputs=[*UV, g_leaf, sources])
-    S, positions = usage(z, p)
-    l0 = (g > 0).sum() / positions
-    S, positions = global_sum(S, positions)  # of all processes, where several train together
-    loss_importance = importance_minimality(S, positions)
+    # total = config.w_stochastic * loss_stochastic + config.w_adversarial * loss_adversarial
+    #         + price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
+    #         + config.w_delta * loss_delta
+    # First losses 3 and 4, which need all micro-batches of all processes at once. Their graph is kept, if there is only
+    # one; of several, each is looked at again below
+    micro_batches = batch.chunk(config.accumulate)
+    n, S, positions, on = len(micro_batches), 0, 0, 0
+    for part in micro_batches:
+        with torch.set_grad_enabled(n == 1):
+            target, z, g = predict(model, training.decomposition, part)
+            S_part, positions_part = usage(z, p)
+        S, positions, on = S + S_part.detach(), positions + positions_part, on + (g > 0).sum()
+    l0 = on / positions
+    S, positions = global_sum(S, positions)
+    loss_importance = importance_minimality(S.requires_grad_(), positions)
     loss_frequency = frequency_minimality(S, positions)
-    loss_delta = delta_l2(model, U, V)
     minimality = config.w_importance * loss_importance + config.w_frequency * loss_frequency
-    rest = price_factor * minimality + config.w_delta * loss_delta
-    torch.autograd.backward([rest, g], [None, g_leaf.grad], inputs=[*UV, *G_parameters])  # None means 1
+    (price,) = torch.autograd.grad(price_factor * minimality, S)  # of using a subcomponent more, (sum C,)
+
+    loss_stochastic, loss_adversarial = torch.zeros(2, device=batch.device)
+    loss_delta = delta_l2(model, U, V)
+    for part, sources in zip(micro_batches, training.sources):
+        if n > 1:
+            target, z, g = predict(model, training.decomposition, part)
+            S_part, _ = usage(z, p)
+        g_leaf = g.detach().requires_grad_()  # cut off from G
+        with precision(batch.device, config.bf16):
+            # The adversary's inner ascent
+            for _ in range(config.adversary_steps if config.w_adversarial else 0):
+                loss = adversarial_reconstruction(model, U, V, g_leaf, part, target, divergence, sources)
+                ascend(training.ascent, sources, *torch.autograd.grad(loss, sources))
+            # Each reconstruction loss is differentiated immediately, which frees its graph before the next is built
+            if config.w_stochastic:
+                loss = stochastic_reconstruction(model, U, V, g_leaf, part, target, divergence, training.noise)
+                (config.w_stochastic / n * loss).backward(inputs=[*UV, g_leaf])
+                loss_stochastic += loss.detach() / n
+            if config.w_adversarial:
+                loss = adversarial_reconstruction(model, U, V, g_leaf, part, target, divergence, sources)
+                (config.w_adversarial / n * loss).backward(inputs=[*UV, g_leaf, sources])
+                loss_adversarial += loss.detach() / n
+                # One more step up, as the gradient is there anyway; without its factor: Adam's moments keep one scale
+                ascend(training.ascent, sources, sources.grad / (config.w_adversarial / n))
+        # Both gradients of g have added up in g_leaf; one backward pass takes the sum through G
+        ends, gradients = [S_part, g], [processes() * price, g_leaf.grad]
+        if sources is training.sources[-1]:  # once
+            ends, gradients = [*ends, config.w_delta * loss_delta], [*gradients, None]  # None means 1
+        torch.autograd.backward(ends, gradients, inputs=[*UV, *G_parameters])
     global_mean([x.grad for x in [*UV, *G_parameters]])
 
-    # U, V and G step down. The adversary takes one more step up: the gradient of its loss was there anyway
+    # U, V and G step down
     values = {"stochastic": loss_stochastic, "adversarial": loss_adversarial, "importance_minimality": loss_importance}
     values |= {"frequency_minimality": loss_frequency, "delta_l2": loss_delta, "L0": l0}
     values["gradient of U and V"] = nn.utils.clip_grad_norm_(UV, config.clip_UV)
@@ -447,8 +469,6 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     values = finite_numbers(values, target, training.step)
     for optimizer in training.optimizers:
         optimizer.step()
-    if config.w_adversarial:  # without the weight of the loss: Adam's moments keep the scale of the inner steps
-        ascend(training.ascent, sources, sources.grad / config.w_adversarial)
     training.step += 1
     return values
 
@@ -493,20 +513,21 @@ ALIVE = 1e-6  # a subcomponent is alive if its mean causal importance over the e
 @torch.no_grad()
 def predict_importances(model, decomposition: Decomposition, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The target's output on a batch, and the causal importances {path: (..., C + 1)} of the subcomponents there."""
-    with precision(batch.device, decomposition.bf16):
-        target, inputs = forward_with_inputs(model, decomposition.U, batch)
-        g = causal_importances(decomposition.G(inputs, decomposition.U, decomposition.V), decomposition.U)
-        return target, by_path(g, decomposition.U)
+    target, _, g = predict(model, decomposition, batch)
+    return target, by_path(g, decomposition.U)
 
-def count_subcomponents(cases: list[tuple]) -> dict:
-    """{"matrices": {path: counts}, "total": counts} on cases [(batch, target output, g), ...]. Counts: "C"; "alive":
-    mean g above ALIVE; "l0": how many have g > 0 at a position, on average; "l0_above_0.1": g > 0.1; "l0_per_alive";
+def count_subcomponents(importances: Iterable[dict[str, Tensor]]) -> dict:
+    """{"matrices": {path: counts}, "total": counts} on the importances of equal batches. Counts: "C"; "alive": mean g
+    above ALIVE; "l0": how many have g > 0 at a position, on average; "l0_above_0.1": g > 0.1; "l0_per_alive";
     "mean_importance" (C,), not in "total"."""
-    matrices = {}
-    for path in cases[0][2]:
-        importances = [g[path][..., :-1].flatten(0, -2) for _, _, g in cases]  # (positions, C) of each case
-        mean = sum(x.mean(0) / len(cases) for x in importances)  # (C,)
-        l0, l0_above = (sum((x > h).sum(-1).float().mean().item() for x in importances) / len(cases) for h in (0, 0.1))
+    sums, matrices = {}, {}
+    for n, g in enumerate(importances, 1):
+        for path, x in g.items():
+            x = x[..., :-1].flatten(0, -2)  # (positions, C)
+            of_batch = x.mean(0), *((x > h).sum(-1).float().mean().item() for h in (0, 0.1))
+            sums[path] = [a + b for a, b in zip(sums.get(path, (0, 0, 0)), of_batch)]
+    for path, of_batches in sums.items():
+        mean, l0, l0_above = (x / n for x in of_batches)
         alive = int((mean > ALIVE).sum())
         matrices[path] = {"C": len(mean), "alive": alive, "l0": l0, "l0_above_0.1": l0_above}
         matrices[path] |= {"l0_per_alive": l0 / max(1, alive), "mean_importance": mean.tolist()}
@@ -529,25 +550,27 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
         yield name, {path: F.pad(masking(x[..., :-1]), (0, 1)) for path, x in g.items()}
 
 @torch.enable_grad()  # `evaluate` runs without gradients
-def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(),
+def fresh_adversary(model, decomposition: Decomposition, cases: Callable, divergence: Divergence, positions=(),
                     movable=None, seed=0) -> dict[str, float]:  # fmt: skip
     """The attack ([VPD] section 6): {"20": the largest divergence in 20 steps of sign ascent from random sources, "40",
-    "80"}. Not the last: steps of 0.1 overshoot. cases: [(batch, target output, g), ...], attacked together.
+    "80"}. Not the last: steps of 0.1 overshoot. cases(): [(batch, target output, g), ...], attacked together; called at
+    every step, so that they can be computed one by one, when they do not fit in memory.
 
     positions: () for ONE source per mask, shared by all positions, which finds systematic flaws and not the noise of
     single inputs; the shape of the positions for one at each. movable: bools (*positions, K), by default all."""
-    U, V, device, reached = decomposition.U, decomposition.V, cases[0][0].device, [-math.inf]
-    cases, generator = [(*case, side_by_side(g)) for *case, g in cases], torch.Generator(device).manual_seed(seed)
-    K = cases[0][2].shape[-1]
+    U, V, reached = decomposition.U, decomposition.V, [-math.inf]
+    device, K = next(iter(U.values())).device, sum(len(u) + 1 for u in U.values())
+    generator = torch.Generator(device).manual_seed(seed)
     sources = torch.rand(*positions, K, generator=generator, device=device).requires_grad_()
     for _ in with_progress(range(81), "fresh adversary"):
         total, gradient = 0.0, torch.zeros_like(sources)
-        for batch, target, g in cases:
+        for n, (batch, target, g) in enumerate(cases(), 1):
             with precision(device, decomposition.bf16):
-                loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources) / len(cases)
+                loss = adversarial_reconstruction(
+                    model, U, V, side_by_side(g), batch, target, divergence, sources)
             gradient += torch.autograd.grad(loss, sources)[0]
             total += loss.item()
-        reached.append(max(total, reached[-1]))
+        reached.append(max(total / n, reached[-1]))
         sources.data.add_(0.1 * gradient.sign() * (1 if movable is None else movable)).clamp_(0, 1)
     return {str(steps): reached[1 + steps] for steps in (20, 40, 80)}
 
@@ -559,20 +582,21 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
     under a fresh adversary with one source per mask. "delta": the mean of Delta^2. With loss(batch, output) -> scalar
     (the target's training loss), also "loss": of "target", and by masking. Raises BadInput if shapes differ."""
     refuse(len({batch.shape for batch in batches}) != 1, "the evaluation batches differ in shape: give equal ones")
-    U, V, bf16, device = decomposition.U, decomposition.V, decomposition.bf16, batches[0].device
-    cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
+    U, V, bf16, device, n = decomposition.U, decomposition.V, decomposition.bf16, batches[0].device, len(batches)
+    cases = lambda: ((batch, *predict_importances(model, decomposition, batch)) for batch in batches)  # one by one
     generator = torch.Generator(device).manual_seed(seed)
     divergences, losses = collections.defaultdict(float), collections.defaultdict(float)
-    for batch, target, g in cases:
-        losses["target"] += loss(batch, target).item() / len(cases) if loss else 0
+    for batch, target, g in cases():
+        losses["target"] += loss(batch, target).item() / n if loss else 0
         for masking, masks in evaluation_masks(g, generator):
             with precision(device, bf16):
                 output = masked_forward(model, U, V, masks, batch)
-            divergences[masking] += divergence(target, output).item() / len(cases)
-            losses[masking] += loss(batch, output).item() / len(cases) if loss else 0
-    adversary = fresh_adversary(model, decomposition, cases, divergence, seed=seed)
-    metrics = {"alive_threshold": ALIVE, **count_subcomponents(cases), "divergence": dict(divergences)}
-    metrics |= {"adversary": adversary, "delta": delta_l2(model, U, V).item()}
+            divergences[masking] += divergence(target, output).item() / n
+            losses[masking] += loss(batch, output).item() / n if loss else 0
+    counts = count_subcomponents(g for _, _, g in cases())
+    metrics = {"alive_threshold": ALIVE, **counts, "divergence": dict(divergences)}
+    metrics["adversary"] = fresh_adversary(model, decomposition, cases, divergence, seed=seed)
+    metrics["delta"] = delta_l2(model, U, V).item()
     return metrics | ({"loss": dict(losses)} if loss else {})
 
 # ---- 9  Reading a decomposition ([VPD] section 8) -------------------------------------------------------------------
@@ -661,7 +685,7 @@ def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Cal
     active = z.detach() > 0
     optimizer, generator = torch.optim.AdamW([z], lr=0.05, weight_decay=0), torch.Generator(device).manual_seed(seed)
     sources = torch.rand(z.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    ascent = start_adversary(sources, Config(adversary_lr=0.1))
+    ascent = start_adversary([sources], Config(adversary_lr=0.1))
     for step in range(steps):  # 20 of warm-up
         optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
         pruned = lower_leaky(z) * active
@@ -755,11 +779,10 @@ def rank() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
 def global_sum(S: Tensor, positions: int) -> tuple[Tensor, int]:
-    """Both, summed over all processes. S's gradient is multiplied by their number: `global_mean` will divide by it."""
-    total = S.detach().clone()
+    """Both, summed over all processes."""
     if processes() > 1:
-        dist.all_reduce(total)
-    return total + processes() * (S - S.detach()), positions * processes()
+        dist.all_reduce(S)
+    return S, positions * processes()
 
 @torch.no_grad()
 def global_mean(tensors: list[Tensor]) -> None:
@@ -814,7 +837,8 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
     if config.muon:  # match_rms_adamw: its steps are as long as AdamW's, so that a learning rate serves both
         of_UV = torch.optim.Muon(UV, config.lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     positions, K = next(iter(inputs.values())).shape[:-1], sum(C.values()) + len(C)
-    sources = torch.rand(*positions, K, generator=torch.Generator().manual_seed(of_sources)).to(device)
+    generator = torch.Generator().manual_seed(of_sources)
+    sources = [torch.rand(*positions, K, generator=generator).to(device) for _ in range(config.accumulate)]
     data, noise = torch.Generator().manual_seed(of_data), torch.Generator(device).manual_seed(of_noise)
     found, ascent = Decomposition(U, V, G, config.bf16), start_adversary(sources, config)
     return Training(found, [of_UV, of_G], sources, ascent, data, noise)
@@ -822,7 +846,7 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
 def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds, glance=None) -> tuple:
     """The `Training`, new or as its folder holds it; next_batch(); and after_step(values), which logs and saves."""
     batch = get_batch(torch.Generator().manual_seed(config.seed))
-    inputs = check(model, C, batch, config)
+    inputs = check(model, C, batch, config)  # of a micro-batch
     device, folder = next(iter(inputs.values())).device, Path(out) if out else None
     training = start(model, C, inputs, config, rank())
     if folder:
@@ -874,7 +898,10 @@ def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) ->
         refuse(tied, f"{name} is tied to {tied}: give the matrix a copy of its own, or leave it out")
     refuse(model.training, "the model is in training mode, where dropout changes its output: call model.eval() first")
 
-    batch = batch.to(model.get_submodule(next(iter(C))).weight.device)
+    parts = config.accumulate
+    uneven = parts < 1 or len(batch) % parts
+    refuse(uneven, f"a batch of {len(batch)} does not divide into {parts} micro-batches: give another number")
+    batch = batch[: len(batch) // parts].to(model.get_submodule(next(iter(C))).weight.device)
     target, inputs = forward_with_inputs(model, C, batch)
     refuse(not isinstance(target, Tensor), f"the model returns a {type(target).__name__}: make it return one tensor")
     refuse(not target.isfinite().all(), "the target model's output is not finite on the first batch: check its weights")
@@ -972,7 +999,8 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
             training.ascent.load_state_dict(state["ascent"])
             training.data.set_state(state["data"])
             training.noise.set_state(state["noise"])
-            training.sources.data.copy_(state["sources"])
+            for x, saved in zip(training.sources, state["sources"]):
+                x.data.copy_(saved)
         result.G.load_state_dict(state["G"])
         for tensors, saved in ((result.U, state["U"]), (result.V, state["V"])):
             if {key: x.shape for key, x in tensors.items()} != {key: x.shape for key, x in saved.items()}:

@@ -238,7 +238,7 @@ def mlps_masked(run, decomposition, layers) -> tuple[dict, float]:
     with torch.no_grad():
         cases = [(batch, run.model(batch), masks(batch, 0.0)) for batch in batches(run)[:8]]
         on = sum(g[path][..., :-1].sum(-1).mean().item() for _, _, g in cases for path in paths)
-    attacked = vpd.fresh_adversary(run.model, decomposition, cases, vpd.kl)["80"]
+    attacked = vpd.fresh_adversary(run.model, decomposition, lambda: cases, vpd.kl)["80"]
     return judged(run, forward, attacked), on / len(cases) / len(layers)
 
 RATES, KS = (1e-3, 3e-3, 1e-2), (4, 8, 16, 32, 64)

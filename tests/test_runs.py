@@ -296,18 +296,21 @@ TOGETHER = dataclasses.replace(CONFIG, steps=12, clip_UV=math.inf, clip_G=math.i
 
 
 def joined_step(config, rows):
-    """One training step on these rows of a fixed batch and of fixed sources; stochastic masks all 0.3, without routing.
+    """Two training steps on these rows of a fixed batch and of fixed sources; stochastic masks all 0.3, without routing.
 
-    Returns the losses and, by name, the gradients, and the sources afterwards.
+    Returns the losses and, by name, the gradients of the second, and the sources afterwards.
     """
     model, generator = net(), torch.Generator().manual_seed(5)
     batch = torch.randn(8, 4, generator=generator)
     training = vpd.start(model, C, vpd.check(model, C, batch[rows], config), config)
-    training.sources.data = torch.rand(8, training.sources.shape[-1], generator=generator)[rows]
-    losses = vpd.training_step(model, batch[rows], vpd.mse, training, config)
+    sources = torch.rand(8, training.sources[0].shape[-1], generator=generator)[rows]
+    for x, part in zip(training.sources, sources.chunk(config.accumulate)):
+        x.data = part
+    for _ in range(2):
+        losses = vpd.training_step(model, batch[rows], vpd.mse, training, config)
     decomposition = training.decomposition
     parameters = {**decomposition.U, **{"V" + k: v for k, v in decomposition.V.items()}, **dict(decomposition.G.named_parameters())}
-    return losses, {name: x.grad for name, x in parameters.items()}, training.sources.detach()
+    return losses, {name: x.grad for name, x in parameters.items()}, torch.cat(training.sources).detach()
 
 
 def without_chance(model, U, V, g, batch, target, divergence, generator):
@@ -320,7 +323,8 @@ def one_of_two(folder):
     torch.distributed.init_process_group("gloo")
     half = slice(4 * vpd.rank(), 4 * vpd.rank() + 4)
     stochastic, vpd.stochastic_reconstruction = vpd.stochastic_reconstruction, without_chance
-    torch.save(joined_step(TOGETHER, half), folder / f"step{vpd.rank()}.pt")
+    for n in (1, 2):
+        torch.save(joined_step(dataclasses.replace(TOGETHER, accumulate=n), half), folder / f"step{vpd.rank()}_{n}.pt")
     vpd.stochastic_reconstruction = stochastic
 
     # a warm-up that ends differently on both, as it may on two devices
@@ -344,6 +348,17 @@ def one_of_two(folder):
     torch.distributed.destroy_process_group()
 
 
+def test_micro_batches_have_the_gradients_of_the_whole(monkeypatch):
+    monkeypatch.setattr(vpd, "stochastic_reconstruction", without_chance)
+    whole = joined_step(TOGETHER, slice(0, 8))
+    for n in (2, 4, 8):
+        losses, gradients, sources = joined_step(dataclasses.replace(TOGETHER, accumulate=n), slice(0, 8))
+        assert losses == pytest.approx(whole[0], rel=1e-4)
+        for name, gradient in whole[1].items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(sources, whole[2], rtol=1e-4, atol=1e-5)
+
+
 def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_identical(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(
@@ -355,12 +370,13 @@ def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_i
 
     monkeypatch.setattr(vpd, "stochastic_reconstruction", without_chance)
     losses, gradients, sources = joined_step(TOGETHER, slice(0, 8))
-    halves = [torch.load(tmp_path / f"step{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for one in halves:
-        assert one[0] == pytest.approx(losses, rel=1e-4)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(one[1][name], gradient, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(torch.cat([one[2] for one in halves]), sources, rtol=1e-4, atol=1e-5)
+    for n in (1, 2):  # micro-batches
+        halves = [torch.load(tmp_path / f"step{rank}_{n}.pt", weights_only=True) for rank in (0, 1)]
+        for one in halves:
+            assert one[0] == pytest.approx(losses, rel=1e-4)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(one[1][name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.cat([one[2] for one in halves]), sources, rtol=1e-4, atol=1e-5)
 
     assert same(*(torch.load(tmp_path / f"warm{rank}.pt", weights_only=True) for rank in (0, 1)))
     runs = [torch.load(tmp_path / f"run{rank}.pt", weights_only=True) for rank in (0, 1)]

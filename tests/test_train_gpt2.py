@@ -378,7 +378,7 @@ def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parame
         config = dataclasses.replace(preset.config, bf16=bf16)
         training = vpd.start(model, C, vpd.check(model, C, batch, config), config)
         found[bf16] = vpd.training_step(model, batch, vpd.kl, training, config)
-        state = [*training.decomposition.U.values(), *training.decomposition.G.parameters(), training.sources]
+        state = [*training.decomposition.U.values(), *training.decomposition.G.parameters(), *training.sources]
         assert all(x.dtype == x.grad.dtype == torch.float32 for x in state)
     assert found[True]["delta_l2"] == found[False]["delta_l2"]  # never in bfloat16
     assert found[True]["stochastic"] != found[False]["stochastic"]  # the forward passes are
