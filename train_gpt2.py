@@ -10,7 +10,6 @@
 
     python train_gpt2.py --out runs/laptop --report         # read a finished run: the page of all subcomponents
     python train_gpt2.py --out runs/laptop --circuit "def __init__(" [--token self]
-    python train_gpt2.py --out runs/laptop --attention 1 [--prompt "..."]
     python train_gpt2.py --out runs/laptop --edit [h.1.mlp.down:37 --to None --alpha 3]
     python train_gpt2.py --out runs/laptop --compare runs/C-2                   # do the two decompositions agree?
 
@@ -491,7 +490,7 @@ def peak_memory(model: GPT, C: dict[str, int], positions: int, config: vpd.Confi
     return 4e-9 * (lasting + here * positions / config.accumulate)
 
 def check_memory(model: GPT, C: dict[str, int], preset: Preset, device: str) -> None:
-    """Say what a step takes, and what the device has. Raises BadInput, naming a batch that would fit, if it does not."""
+    """Say what a step takes, and what the device has. Raises BadInput if it does not fit, with a batch that would."""
     B, n, has = preset.batch // vpd.processes(), preset.config.accumulate, math.inf
     with contextlib.suppress(ValueError, AttributeError):  # Windows does not say
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
@@ -546,8 +545,9 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         if record and not record["curve"]:  # it was not trained here
             preset = sized(preset, model.shape)
         shape = replace(model.shape, context=min(model.shape.context, preset.shape.context))
-        given = {"seed": seed, "steps": settings["steps"] or preset.config.steps, "accumulate": settings["accumulate"]}
-        config = replace(preset.config, **given)
+        steps = settings["steps"] or preset.config.steps
+        warmup = min(preset.config.warmup_steps, steps)  # never longer than the training
+        config = replace(preset.config, seed=seed, steps=steps, warmup_steps=warmup, accumulate=settings["accumulate"])
         preset = replace(preset, shape=shape, config=config)
         numbers = [(matrix, max(1, round(number * settings["C"]))) for matrix, number in preset.C.items()]
         C = {f"h.{i}.{matrix}": number for i in range(shape.layers) for matrix, number in numbers}
@@ -700,7 +700,7 @@ def table(metrics: dict) -> str:
 # ---- Reading: what every subcomponent does, and the page of all of them ---------------------------------------------
 
 FIRES = 0.1  # a subcomponent fires where its causal importance exceeds this ([VPD] section 8)
-KEPT, EXAMPLES, AROUND = 256, 8, 10  # subcomponents per matrix on the page; examples of each; tokens on either side
+PARTS, EXAMPLES, AROUND = 3000, 8, 10  # subcomponents on the page at most; examples of each; tokens on either side
 TO_STREAM = ("attn.o", "mlp.down")  # matrices that write to the residual stream, where tokens have directions
 
 @torch.no_grad()
@@ -728,9 +728,12 @@ def alive(run: Run) -> dict[str, Tensor]:
     """Which subcomponents are alive, {path: (C,) bool}."""
     return {path: mean > vpd.ALIVE for path, mean in mean_importances(run).items()}
 
-def firing(g: Tensor) -> dict[int, Tensor]:
-    """Where each subcomponent of a matrix fires, {c: (N, T) bool}, of those that fire at all. g: (N, T, C)."""
-    return {c: g[..., c] > FIRES for c in (g.amax((0, 1)) > FIRES).nonzero()[:, 0].tolist()}
+def firing(g: Tensor, most: int | None = None) -> dict[int, Tensor]:
+    """Where each subcomponent of a matrix fires, {c: (N, T) bool}, of those that fire at all; of more than `most` those
+    of the largest mean importance. g: (N, T, C)."""
+    order = g.sum((0, 1), dtype=torch.float32).argsort(descending=True, stable=True)
+    fired = order[(g.amax((0, 1)) > FIRES)[order]][:most]
+    return {c: g[..., c] > FIRES for c in sorted(fired.tolist())}
 
 def neighbourhood(ids: Tensor, vocabulary: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Of this token, the one before and the one after: ids (N, T), -1 where none is; shares (vocabulary,)."""
@@ -774,13 +777,14 @@ def readout(model: GPT) -> Tensor:
     return E - E.mean(1, keepdim=True)  # the norm takes off the mean
 
 def describe_all(run: Run, ids: Tensor, g: dict[str, Tensor], a: dict[str, Tensor]) -> list[dict]:
-    """All subcomponents that fire, with what a person needs to judge them, the clearest first. Arguments: of `observe`.
+    """The subcomponents that fire, of more than PARTS the most important of each matrix, with what a person needs to
+    judge them, the clearest first. Arguments: of `observe`.
     "density": share of positions where it fires; "importance": mean there; "contrast": mean size of its activation
     there over root mean square elsewhere; "moves", "lowers": the tokens that it raises and lowers most there, for
     matrices of TO_STREAM."""
     sides, E, parts = neighbourhood(ids, run.preset.shape.vocabulary), readout(run.model), []
     for path in vpd.with_progress(g, "subcomponents, by matrix"):
-        for c, fires in firing(g[path]).items():
+        for c, fires in firing(g[path], PARTS // len(g)).items():
             activation, importance, moves, lowers = a[path][..., c].float(), g[path][..., c].float(), [], []
             score, by, tokens = clearness(sides, fires)
             elsewhere = activation[~fires].square().mean().sqrt().item() if not fires.all() else math.inf
@@ -806,12 +810,12 @@ def described(run: Run, part: dict) -> str:
     return f"{part['matrix'] + ':' + str(part['c']):18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{moves}"
 
 def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
-    """Groups of alive subcomponents, of more than 3,000 those of the largest mean importance, that are active together
+    """Groups of alive subcomponents, of more than 1,500 those of the largest mean importance, that are active together
     (`vpd.cluster`, g > 0.01), on ids (N, T), g {path: (N, T, C)}. Writes groups.json: "found"; "span": how many have
     members in several layers; "bits_before", "bits_after": per token; "groups": [{"members": ["MATRIX:NUMBER", ...],
     "active": share of positions, "by", "tokens": the commonest there, see `clearness`}, ...], the largest first."""
     means, sides = mean_importances(run), neighbourhood(ids, run.preset.shape.vocabulary)
-    least = max(vpd.ALIVE, torch.cat(list(means.values())).sort(descending=True).values[:3000].min().item())
+    least = max(vpd.ALIVE, torch.cat(list(means.values())).sort(descending=True).values[:1500].min().item())
     kept = {path: mean >= least for path, mean in means.items()}
     names = [f"{path}:{c}" for path, mask in kept.items() for c in mask.nonzero()[:, 0].tolist()]
     active = torch.cat([g[path][..., mask] for path, mask in kept.items()], -1) > 0.01  # (N, T, alive)
@@ -827,7 +831,7 @@ def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
         file.write(json.dumps(result, indent=1).encode())
     return result
 
-FLOWS = 4, 1500  # batches over which attributions are summed; parts, the clearest, that get any
+FLOWS = 4, 18_000  # batches over which attributions are summed; so many by the number of matrices: parts that get any
 
 def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
     """How much parts add directly to each other's activation, summed over the positions where the target fires ([VPD]'s
@@ -838,7 +842,7 @@ def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
     for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device)[:number], "attributions"):
         _, g = vpd.predict_importances(model, found, batch)
         _, activations, writes = vpd.cut_forward(model, found, g, batch)
-        for target in parts[:most]:
+        for target in parts[: most // len(found.U)]:
             path, c = target["matrix"], target["c"]
             if (fires := g[path][..., c] > FIRES).any():
                 into = vpd.attributions(activations[path][..., c][fires].sum(), found, g, activations, writes)
@@ -884,11 +888,10 @@ def report(run: Run, prompts: list[str]) -> str:
     parts, generator = describe_all(run, ids, g, a), torch.Generator().manual_seed(0)
     groups, predicted = components(run, ids, g), predictions(run, ids)
     group_of = {name: n for n, group in enumerate(groups["groups"]) for name in group["members"]}
-    kept = [part for part in parts if part["place"] < KEPT]
     sides = {side: seen for side, (seen, _) in neighbourhood(ids, run.preset.shape.vocabulary).items()}
-    compared, flow = run.folder / "compare.json", flows(run, kept)
+    compared, flow = run.folder / "compare.json", flows(run, parts)
     matches = json.loads(compared.read_text()).get("matches", {}) if compared.exists() else {}
-    for part in vpd.with_progress(kept, "examples"):
+    for part in vpd.with_progress(parts, "examples"):
         name = f"{part['matrix']}:{part['c']}"
         importance, activation = (x[part["matrix"]][..., part["c"]].float() for x in (g, a))
         fires = importance > FIRES
@@ -898,12 +901,13 @@ def report(run: Run, prompts: list[str]) -> str:
         bars = {of: [x.min().item(), x.max().item(), x.cpu().histc(20).int().tolist()] for of, x in bars.items()}
         part |= {"around": around, "bars": bars, "match": matches.get(name), **flow[name]}
         part["group"] = group_of.get(name, -1)  # -1: its mean importance is too low
-    lost = len(parts) - len(kept)
-    left_out = f"{lost} of {len(parts)} are left out: of each matrix the clearest {KEPT} are here." if lost else ""
+    all_firing, most = sum(int((x.amax((0, 1)) > FIRES).sum()) for x in g.values()), PARTS // len(g)
+    lost = f"{all_firing - len(parts)} of {all_firing} are left out: of each matrix the {most} most important are here."
+    left_out = lost if all_firing > len(parts) else ""
     vocabulary = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in range(run.preset.shape.vocabulary)]
     metrics = json.loads((run.folder / "metrics.json").read_text())
     matrices = {path: [m["alive"], m["C"], m["l0"]] for path, m in metrics["matrices"].items()}
-    data = {"vocabulary": vocabulary, "matrices": matrices, "parts": kept, "prompts": answers}
+    data = {"vocabulary": vocabulary, "matrices": matrices, "parts": parts, "prompts": answers}
     data = json.dumps(rounded(data | {"groups": groups["groups"]}), separators=(",", ":"), allow_nan=False)
     pictures = [base64.b64encode((run.folder / name).read_bytes()) for name in ("masking.png", "training.png")]
     images = "".join(f'<img src="data:image/png;base64,{picture.decode()}" alt="">' for picture in pictures)
@@ -912,7 +916,7 @@ def report(run: Run, prompts: list[str]) -> str:
     page = page.replace("@@DATA@@", data.replace("<", "\\u003c"))  # no tag inside
     with vpd.replacing(run.folder / "report.html") as file:
         file.write(page.encode())
-    lines = [f"clearness {part['clearness']:.2f}  {described(run, part)}" for part in kept if part["place"] < 2]
+    lines = [f"clearness {part['clearness']:.2f}  {described(run, part)}" for part in parts if part["place"] < 2]
     lines = [*lines[:20], "groups: {found}, {span} of them over several layers; to say what is active at a token takes "
              "{bits_before:.0f} bits by subcomponent, {bits_after:.0f} by group".format(**groups)]  # fmt: skip
     return "\n".join([*lines, f"the page is {run.folder / 'report.html'}", left_out]).rstrip()
@@ -1187,85 +1191,6 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
         lines.append(f"{name:26s} {nodes:7.0f}" + "".join(f"{ce:10.3f}" for ce in ces))
     return "\n".join([*lines, f"pictures and graphs are in {run.folder}/circuit*"])
 
-# ---- Reading: attention ---------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def score_parts(model: GPT, decomposition: vpd.Decomposition, layer: int, ids: Tensor) -> dict[str, Tensor]:
-    """The attention scores of a layer on ids (1, T), before the causal mask, as a sum over pairs of subcomponents.
-    Of head h from position t to t': score = sum_{c,c'} a_q[t, c] static[h, c, c'] a_k[t', c'] + rest[h, t, t'], where
-    a = V_c^T x, static = U_qc^h . U_kc'^h / sqrt(d), and rest is what involves a bias or Delta ([VPD] section 8)."""
-    paths, heads = [f"h.{layer}.attn.{m}" for m in "qk"], model.shape.heads
-    _, inputs = vpd.forward_with_inputs(model, paths, ids)
-    a, writes, others = [], [], []
-    for path in paths:
-        x, U, V, linear = inputs[path][0], decomposition.U[path], decomposition.V[path], model.get_submodule(path)
-        a.append(x @ V)  # (T, C)
-        writes.append(U.view(len(U), heads, -1).transpose(0, 1))  # (heads, C, d)
-        others.append((linear(x) - x @ V @ U).view(len(x), heads, -1).transpose(0, 1))  # bias, Delta: (heads, T, d)
-    scale = writes[0].shape[-1] ** -0.5
-    by_parts = [torch.einsum("tc,hcd->htd", *pair) for pair in zip(a, writes)]  # (heads, T, d)
-    rest = by_parts[0] @ others[1].mT + others[0] @ by_parts[1].mT + others[0] @ others[1].mT
-    return {"a_q": a[0], "a_k": a[1], "static": writes[0] @ writes[1].mT * scale, "rest": rest * scale}
-
-def centred(scores: Tensor) -> Tensor:
-    """Scores (..., T, T) less their mean over the positions up to each, 0 beyond: what the softmax sees of them."""
-    allowed = torch.ones_like(scores).tril()
-    return (scores - (scores * allowed).sum(-1, keepdim=True) / allowed.sum(-1, keepdim=True)) * allowed
-
-def explained(static: Tensor, a_q: Tensor, a_k: Tensor, scores: Tensor) -> Tensor:
-    """The share of the variance of a head's scores (T, T), centred, that each pair explains alone, (C_q, C_k).
-    static (C_q, C_k), a_q (T, C_q), a_k (T, C_k). 1 - |scores - X|^2 / |scores|^2, X a pair's centred scores."""
-    counts = torch.arange(1, len(scores) + 1, device=scores.device)[:, None]
-    spread = a_k.square().cumsum(0) - a_k.cumsum(0).square() / counts  # of a_k over the positions up to each, (T, C_k)
-    gain = 2 * static * (a_q.mT @ scores @ a_k) - static.square() * (a_q.square().mT @ spread)  # 2 scores . X - |X|^2
-    return gain / scores.square().sum()
-
-@torch.no_grad()
-def attention(run: Run, layer: int, prompt: str) -> str:
-    """How a layer's subcomponents spread over its heads, and which pairs of them make its attention scores on a prompt.
-    Writes attention_LAYER.png, the norm of each per head, and attention_LAYER_pairs.png. Returns both as text. Static
-    strength of a pair: ||V_qc|| static ||V_kc'||, with the signs of the mean activations, over its deviation."""
-    last = run.model.shape.layers - 1
-    vpd.refuse(not 0 <= layer <= last, f"there is no layer {layer}: the model has layers 0 to {last}")
-    ids, lines = encoded(run, prompt), []
-    vpd.refuse(ids.shape[1] < 2, f"the prompt {prompt!r} has one token: attention needs two")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axis, path in zip(figure.subplots(1, 4), (f"h.{layer}.attn.{m}" for m in "qkvo")):
-        U, V = run.decomposition.U[path], run.decomposition.V[path]
-        by_head, other = (V.T, U) if path.endswith("o") else (U, V.T)  # o reads from the heads
-        norm = by_head.view(len(U), run.model.shape.heads, -1).norm(dim=-1) * other.norm(dim=-1, keepdim=True)
-        norm = norm[alive(run)[path]].cpu()  # (alive, heads)
-        several = ((norm > 0.5 * norm.amax(1, keepdim=True)).sum(1) > 1).float().mean()
-        lines.append(f"{path}: {several:.0%} of {len(norm)} alive have over half their largest norm in a second head")
-        image = axis.imshow(norm[norm.argmax(1).argsort(stable=True)].numpy(), aspect="auto", interpolation="nearest")
-        axis.set(title=path, xlabel="head", ylabel="alive subcomponent", xticks=range(norm.shape[1]))
-        figure.colorbar(image, ax=axis, label="norm")
-    figure.savefig(run.folder / f"attention_{layer}.png", dpi=110)
-    parts = score_parts(run.model, run.decomposition, layer, ids)
-    a_q, a_k, static = parts["a_q"], parts["a_k"], parts["static"]
-    q, k = (run.decomposition.V[f"h.{layer}.attn.{m}"].norm(dim=0) * parts[f"a_{m}"].mean(0).sign() for m in "qk")
-    scores = centred(torch.einsum("tc,hcd,sd->hts", a_q, static, a_k) + parts["rest"])  # (heads, T, T)
-    figure = Figure(figsize=(13, 2.5 * len(scores)), layout="constrained")
-    for h, (true, axes) in enumerate(zip(scores, figure.subplots(len(scores), 5, squeeze=False))):
-        strength = q[:, None] * static[h] * k / (q[:, None] * static[h] * k).std()
-        best = [divmod(i, len(k)) for i in strength.abs().flatten().topk(3).indices.tolist()]
-        text = ", ".join(f"q:{c} k:{other} ({strength[c, other]:.1f} sd)" for c, other in best)
-        lines.append(f"head {h}, strongest static pairs: {text}")
-        pattern = torch.where(torch.ones_like(true).tril() > 0, true, -torch.inf).softmax(-1)
-        panels, share = [("attention", pattern), ("scores", true)], explained(static[h], a_q, a_k, true)
-        for c, other in (divmod(i, len(k)) for i in share.flatten().topk(3).indices.tolist()):
-            panels.append((f"q:{c} k:{other}", centred(static[h, c, other] * torch.outer(a_q[:, c], a_k[:, other]))))
-            lines.append(f"head {h}, on the prompt: q:{c} k:{other} alone explains {share[c, other]:.0%} of the scores")
-        for axis, (title, matrix) in zip(axes, panels):
-            high = matrix.abs().max().item()  # a pair is too faint to be seen on the scale of all
-            style = {"vmin": 0, "vmax": 1} if title == "attention" else {"vmin": -high, "vmax": high, "cmap": "RdBu_r"}
-            axis.imshow(matrix.cpu().numpy(), interpolation="nearest", **style)
-            axis.set(title=f"head {h}: {title}, to {style['vmax']:.2g}", xticks=[], yticks=[])
-        axes[0].set_yticks(range(ids.shape[1]), [shown(run, i) for i in ids[0].tolist()], fontsize=7, parse_math=False)
-    figure.suptitle(f"layer {layer}: from each position (down) to those up to it (across); red raises, blue lowers")
-    figure.savefig(run.folder / f"attention_{layer}_pairs.png", dpi=110)
-    return "\n".join([*lines, f"pictures are in {run.folder}/attention_{layer}*.png"])
-
 # ---- Reading: an edit by hand ---------------------------------------------------------------------------------------
 
 def editable_part(run: Run, name: str) -> tuple[str, int]:
@@ -1416,7 +1341,6 @@ def compare(run: Run, folder: Path) -> str:
 READINGS = {  # of a finished run, by the option that asks for it; each returns what is printed, for all options alike
     "report": lambda run, options: report(run, options.report),
     "circuit": lambda run, options: circuits(run, options.circuit, options.token),
-    "attention": lambda run, options: attention(run, options.attention, options.prompt),
     "edit": lambda run, options: edit(run, options.edit, options.to, options.alpha),
     "compare": lambda run, options: compare(run, options.compare),
 }
@@ -1468,8 +1392,6 @@ def main() -> None:
     add("--report", nargs="*", metavar="PROMPT", help="write report.html, a page of all subcomponents and prompts")
     add("--circuit", nargs="+", metavar="PROMPT", help="what makes the prediction after each prompt, and its prunings")
     add("--token", help="with --circuit: the token to explain (default: what the target predicts)")
-    add("--attention", type=int, metavar="LAYER", help="which subcomponents of q and k make the scores of a layer")
-    add("--prompt", default="def __init__(self, name):\n        self.name = name\n", help="with --attention: the text")
     add("--edit", nargs="?", const="", metavar="MATRIX:NUMBER", help="write another token (no name: propose five)")
     add("--to", metavar="TOKEN", help="with --edit: the token")
     add("--alpha", type=float, default=3.0, help="with --edit: how strongly, in lengths of the original (default: 3)")

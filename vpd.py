@@ -36,8 +36,6 @@ over all matrices (section 2). Dicts of tensors are keyed by the path of a matri
 
 The method is that of "Interpreting Language Model Parameters" (Bushnaq et al., 2026), cited as [VPD]. It builds on
 "Stochastic Parameter Decomposition" (arXiv 2506.20790), cited as [SPD]. The tag `ours:` marks what departs from them.
-Not here, on purpose: matrices that are not `nn.Linear`, experiment trackers, and any knowledge of which model is being
-decomposed.
 """
 
 from __future__ import annotations
@@ -181,8 +179,7 @@ def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> 
 
 def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
     """||U_c|| V_c^T x of every subcomponent, (..., sum C), for inputs x of the matrices {path: (..., d_in)}."""
-    # ||U_c|| is detached: it sets the scale, and no loss shall move a score by resizing what is written. V_c is not
-    # detached: it is what the score detects. (Measured on two toys, either choice changes little.)
+    # ||U_c|| is detached: it sets the scale, and no loss shall move a score by resizing what is written
     return torch.cat([x @ V[path] * U[path].detach().norm(dim=-1) for path, x in inputs.items()], -1)
 
 class ImportanceMLPs(nn.Module):
@@ -306,17 +303,15 @@ def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
     return sum(squares) / sum(W.numel() for W in weights.values())
 
 # ---- 5  The adversary -----------------------------------------------------------------------------------------------
-# Random sources rarely find the worst ablation; to search for it anew at every step would be too slow. So the sources,
-# one for each mask at each place in the batch, persist over the whole training, and every step moves them a little
-# uphill on the reconstruction loss. The data at a place changes from step to step, so such an adversary becomes good at
-# what hurts on many inputs. It takes four times the memory of g (value, gradient, two moments).
+# Random sources rarely find the worst ablation, and a new search at every step would be too slow. So the sources, one
+# for each mask at each place in the batch, persist over the whole training, and every step moves them a little uphill
+# on the loss. The data at a place changes, so that the adversary becomes good at what hurts on many inputs.
 
 def start_adversary(sources: list[Tensor], config: Config) -> torch.optim.Adam:
     """The optimizer that moves the sources (..., K) uphill."""
     # ours: eps = 1e-20, not 1e-8: the gradient of one source shrinks with the batch (toys are too small to need it)
-    lr, betas, fused = config.adversary_lr, (0.5, 0.99), sources[0].device.type in ("cpu", "cuda")
-    leaves = [x.requires_grad_() for x in sources]
-    return torch.optim.Adam(leaves, lr=lr, betas=betas, eps=1e-20, maximize=True, fused=fused)
+    settings = {"lr": config.adversary_lr, "betas": (0.5, 0.99), "fused": sources[0].device.type in ("cpu", "cuda")}
+    return torch.optim.Adam([x.requires_grad_() for x in sources], eps=1e-20, maximize=True, **settings)
 
 @torch.no_grad()
 def ascend(ascent: torch.optim.Optimizer, sources: Tensor, gradient: Tensor) -> None:
@@ -350,8 +345,7 @@ class Config:
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
     w_delta: float = 0.5  # [1e7] too high: subcomponents do not merge (on tms_5-2, 100 times this left most alive)
-    price_start: float = 1.0  # [1] a factor on the price at step 0, which falls geometrically to 1; ours: left at 1,
-    # resid_mlp1 finds 15 % of its features, and with 120 all
+    price_start: float = 1.0  # [1] a factor on the price that falls geometrically to 1; ours: resid_mlp1 needs 120
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
     adversary_lr: float = 0.01  # [0.01] of the ascent on the sources, after a linear warm-up over 2.5 % of the run
@@ -399,9 +393,10 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms. Raises
     BadInput if one of them is not finite, before U, V and G are changed.
 
-    What it takes: `peak_memory`. `global_sum` and `global_mean` (section 10) change nothing for one process."""
-    U, V, G = training.decomposition.U, training.decomposition.V, training.decomposition.G
-    UV, G_parameters = [*U.values(), *V.values()], list(G.parameters())
+    Memory in bytes, beside those of the model, U, V and G: 4 * positions * (3 * sum C, for the sources, + (15 * sum C +
+    6 * outputs per position) / accumulate). `global_mean` (section 10) does nothing for one process."""
+    U, V = training.decomposition.U, training.decomposition.V
+    UV, G_parameters = [*U.values(), *V.values()], list(training.decomposition.G.parameters())
 
     elapsed = training.step / config.steps
     cosine = 0.5 * (1 + math.cos(math.pi * elapsed))
@@ -415,24 +410,21 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     # total = config.w_stochastic * loss_stochastic + config.w_adversarial * loss_adversarial
     #         + price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
     #         + config.w_delta * loss_delta
-    # First losses 3 and 4, which need all micro-batches of all processes at once. Their graph is kept, if there is only
-    # one; of several, each is looked at again below
-    micro_batches = batch.chunk(config.accumulate)
-    n, S, positions, on = len(micro_batches), 0, 0, 0
+    # First S of all micro-batches, for losses 3 and 4. The graph of one alone is kept; those of several are made anew
+    micro_batches, S, positions, l0 = batch.chunk(n := config.accumulate), 0, 0, 0
     for part in micro_batches:
         with torch.set_grad_enabled(n == 1):
             target, z, g = predict(model, training.decomposition, part)
             S_part, positions_part = usage(z, p)
-        S, positions, on = S + S_part.detach(), positions + positions_part, on + (g > 0).sum()
-    l0 = on / positions
-    S, positions = global_sum(S, positions)
+        S, positions, l0 = S + S_part.detach(), positions + positions_part, l0 + (g > 0).sum() / (n * positions_part)
+    global_mean([S])  # of all processes
+    S, positions = processes() * S, processes() * positions
     loss_importance = importance_minimality(S.requires_grad_(), positions)
     loss_frequency = frequency_minimality(S, positions)
     minimality = config.w_importance * loss_importance + config.w_frequency * loss_frequency
-    (price,) = torch.autograd.grad(price_factor * minimality, S)  # of using a subcomponent more, (sum C,)
+    (price,) = torch.autograd.grad(price_factor * minimality, S)  # what more use of each costs, (sum C,)
 
-    loss_stochastic, loss_adversarial = torch.zeros(2, device=batch.device)
-    loss_delta = delta_l2(model, U, V)
+    (loss_stochastic, loss_adversarial), loss_delta = torch.zeros(2, device=batch.device), delta_l2(model, U, V)
     for part, sources in zip(micro_batches, training.sources):
         if n > 1:
             target, z, g = predict(model, training.decomposition, part)
@@ -455,7 +447,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
                 # One more step up, as the gradient is there anyway; without its factor: Adam's moments keep one scale
                 ascend(training.ascent, sources, sources.grad / (config.w_adversarial / n))
         # Both gradients of g have added up in g_leaf; one backward pass takes the sum through G
-        ends, gradients = [S_part, g], [processes() * price, g_leaf.grad]
+        ends, gradients = [S_part, g], [processes() * price, g_leaf.grad]  # `global_mean` divides by processes()
         if sources is training.sources[-1]:  # once
             ends, gradients = [*ends, config.w_delta * loss_delta], [*gradients, None]  # None means 1
         torch.autograd.backward(ends, gradients, inputs=[*UV, *G_parameters])
@@ -500,7 +492,7 @@ def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: 
     """Before the training, fit U and V alone to the weights: AdamW, lr 1e-3, on Delta-L2 ([VPD] section 5)."""
     UV = [*decomposition.U.values(), *decomposition.V.values()]
     optimizer = torch.optim.AdamW(UV, lr=1e-3, weight_decay=0)
-    for _ in range(config.warmup_steps):
+    for _ in with_progress(range(config.warmup_steps), "warm-up"):
         optimizer.zero_grad()
         delta_l2(model, decomposition.U, decomposition.V).backward()
         optimizer.step()
@@ -540,9 +532,7 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
     maskings = {
         "unmasked": torch.ones_like,
         "stochastic": lambda x: x + (1 - x) * torch.rand(x.shape, generator=generator, device=x.device),
-        "rounded_0": lambda x: (x > 0).to(x),
-        "rounded_0.1": lambda x: (x > 0.1).to(x),
-        "rounded_0.5": lambda x: (x > 0.5).to(x),
+        **{f"rounded_{h}": lambda x, h=h: (x > h).to(x) for h in (0, 0.1, 0.5)},
         "g": lambda x: x,
         "ablated": torch.zeros_like,
     }
@@ -553,21 +543,19 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
 def fresh_adversary(model, decomposition: Decomposition, cases: Callable, divergence: Divergence, positions=(),
                     movable=None, seed=0) -> dict[str, float]:  # fmt: skip
     """The attack ([VPD] section 6): {"20": the largest divergence in 20 steps of sign ascent from random sources, "40",
-    "80"}. Not the last: steps of 0.1 overshoot. cases(): [(batch, target output, g), ...], attacked together; called at
-    every step, so that they can be computed one by one, when they do not fit in memory.
+    "80"}. Not the last: steps of 0.1 overshoot. cases(): (batch, target output, g), ..., made anew at each step.
 
     positions: () for ONE source per mask, shared by all positions, which finds systematic flaws and not the noise of
     single inputs; the shape of the positions for one at each. movable: bools (*positions, K), by default all."""
     U, V, reached = decomposition.U, decomposition.V, [-math.inf]
     device, K = next(iter(U.values())).device, sum(len(u) + 1 for u in U.values())
-    generator = torch.Generator(device).manual_seed(seed)
-    sources = torch.rand(*positions, K, generator=generator, device=device).requires_grad_()
+    sources = torch.rand(*positions, K, generator=torch.Generator(device).manual_seed(seed), device=device)
+    sources.requires_grad_()
     for _ in with_progress(range(81), "fresh adversary"):
         total, gradient = 0.0, torch.zeros_like(sources)
         for n, (batch, target, g) in enumerate(cases(), 1):
             with precision(device, decomposition.bf16):
-                loss = adversarial_reconstruction(
-                    model, U, V, side_by_side(g), batch, target, divergence, sources)
+                loss = adversarial_reconstruction(model, U, V, side_by_side(g), batch, target, divergence, sources)
             gradient += torch.autograd.grad(loss, sources)[0]
             total += loss.item()
         reached.append(max(total / n, reached[-1]))
@@ -593,8 +581,7 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
                 output = masked_forward(model, U, V, masks, batch)
             divergences[masking] += divergence(target, output).item() / n
             losses[masking] += loss(batch, output).item() / n if loss else 0
-    counts = count_subcomponents(g for _, _, g in cases())
-    metrics = {"alive_threshold": ALIVE, **counts, "divergence": dict(divergences)}
+    metrics = {"alive_threshold": ALIVE, **count_subcomponents(g for *_, g in cases()), "divergence": dict(divergences)}
     metrics["adversary"] = fresh_adversary(model, decomposition, cases, divergence, seed=seed)
     metrics["delta"] = delta_l2(model, U, V).item()
     return metrics | ({"loss": dict(losses)} if loss else {})
@@ -778,12 +765,6 @@ def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if processes() > 1 else 0
 
-def global_sum(S: Tensor, positions: int) -> tuple[Tensor, int]:
-    """Both, summed over all processes."""
-    if processes() > 1:
-        dist.all_reduce(S)
-    return S, positions * processes()
-
 @torch.no_grad()
 def global_mean(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over all processes."""
@@ -882,8 +863,8 @@ def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) ->
     refuse(config.steps < 1, f"steps is {config.steps}: give at least 1")
     refuse(not (config.w_stochastic or config.w_adversarial), "w_stochastic and w_adversarial are both 0: give one")
     refuse(config.G_type not in ("mlp", "transformer"), f"G_type is {config.G_type!r}: give 'mlp' or 'transformer'")
-    refuse(heads < 1, f"G_heads is {heads}: give at least 1")
-    refuse(width < 1 or width % (2 * heads), f"G_width is {width}: give a multiple of 2 * G_heads = {2 * heads}")
+    uneven = heads < 1 or width < 1 or width % (2 * heads)
+    refuse(uneven, f"G_width is {width} and G_heads {heads}: give at least 1 head, and a width of n * 2 * heads")
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     refuse(not C, f"no matrix to decompose: give C = {{path: number}} for some of {', '.join(linears)}")
     for path, number in C.items():
@@ -897,11 +878,9 @@ def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) ->
         tied = ", ".join(n for n in memory if memory[n] == memory[name] and n != name)  # also as a transposed view
         refuse(tied, f"{name} is tied to {tied}: give the matrix a copy of its own, or leave it out")
     refuse(model.training, "the model is in training mode, where dropout changes its output: call model.eval() first")
-
-    parts = config.accumulate
-    uneven = parts < 1 or len(batch) % parts
-    refuse(uneven, f"a batch of {len(batch)} does not divide into {parts} micro-batches: give another number")
-    batch = batch[: len(batch) // parts].to(model.get_submodule(next(iter(C))).weight.device)
+    B, n = len(batch), config.accumulate
+    refuse(n < 1 or B % n, f"a batch of {B} does not divide into {n} micro-batches: choose another accumulate")
+    batch = batch[: B // n].to(model.get_submodule(next(iter(C))).weight.device)
     target, inputs = forward_with_inputs(model, C, batch)
     refuse(not isinstance(target, Tensor), f"the model returns a {type(target).__name__}: make it return one tensor")
     refuse(not target.isfinite().all(), "the target model's output is not finite on the first batch: check its weights")

@@ -9,6 +9,7 @@
     seeds        three seeds: how much of what one finds does another find?
     sizes        half, twice and four times the subcomponents
     attack       20 to 320 steps of the fresh adversary, on the run and on one trained without an adversary
+    attention    the pairs of subcomponents that make attention scores
 
 `losses` and `attack` take under an hour; the others ran in small only, and are unmeasured. A killed command goes on
 when it is repeated.
@@ -376,9 +377,75 @@ def climb(run, decomposition, cases: list, size: float) -> list[float]:
         sources.data.add_(size * gradient.sign()).clamp_(0, 1)
     return reached
 
+@torch.no_grad()
+def score_parts(model: train_gpt2.GPT, decomposition: vpd.Decomposition, layer: int, ids: Tensor) -> dict[str, Tensor]:
+    """The attention scores of a layer on ids (1, T), before the causal mask, as a sum over pairs of subcomponents.
+    Of head h from position t to t': score = sum_{c,c'} a_q[t, c] static[h, c, c'] a_k[t', c'] + rest[h, t, t'], where
+    a = V_c^T x, static = U_qc^h . U_kc'^h / sqrt(d), and rest is what involves a bias or Delta ([VPD] section 8)."""
+    paths, heads = [f"h.{layer}.attn.{m}" for m in "qk"], model.shape.heads
+    _, inputs = vpd.forward_with_inputs(model, paths, ids)
+    a, writes, others = [], [], []
+    for path in paths:
+        x, U, V, linear = inputs[path][0], decomposition.U[path], decomposition.V[path], model.get_submodule(path)
+        a.append(x @ V)  # (T, C)
+        writes.append(U.view(len(U), heads, -1).transpose(0, 1))  # (heads, C, d)
+        others.append((linear(x) - x @ V @ U).view(len(x), heads, -1).transpose(0, 1))  # bias, Delta: (heads, T, d)
+    scale = writes[0].shape[-1] ** -0.5
+    by_parts = [torch.einsum("tc,hcd->htd", *pair) for pair in zip(a, writes)]  # (heads, T, d)
+    rest = by_parts[0] @ others[1].mT + others[0] @ by_parts[1].mT + others[0] @ others[1].mT
+    return {"a_q": a[0], "a_k": a[1], "static": writes[0] @ writes[1].mT * scale, "rest": rest * scale}
+
+def centred(scores: Tensor) -> Tensor:
+    """Scores (..., T, T) less their mean over the positions up to each, 0 beyond: what the softmax sees of them."""
+    allowed = torch.ones_like(scores).tril()
+    return (scores - (scores * allowed).sum(-1, keepdim=True) / allowed.sum(-1, keepdim=True)) * allowed
+
+def explained(static: Tensor, a_q: Tensor, a_k: Tensor, scores: Tensor) -> Tensor:
+    """The share of the variance of a head's scores (T, T), centred, that each pair explains alone, (C_q, C_k).
+    static (C_q, C_k), a_q (T, C_q), a_k (T, C_k). 1 - |scores - X|^2 / |scores|^2, X a pair's centred scores."""
+    counts = torch.arange(1, len(scores) + 1, device=scores.device)[:, None]
+    spread = a_k.square().cumsum(0) - a_k.cumsum(0).square() / counts  # of a_k over the positions up to each, (T, C_k)
+    gain = 2 * static * (a_q.mT @ scores @ a_k) - static.square() * (a_q.square().mT @ spread)  # 2 scores . X - |X|^2
+    return gain / scores.square().sum()
+
+@torch.no_grad()
+def attention(run, out: Path):
+    """Which pairs of subcomponents of q and k make the attention scores of a text? Per head, the share of the variance
+    that each of the three best pairs explains alone; per matrix, how many of the alive have over half of their largest
+    norm in a second head. The text is the first of the evaluation set; the picture shows the last layer."""
+    rows, ids, shape, kept = {}, batches(run)[0][:1], run.model.shape, train_gpt2.alive(run)
+    figure = Figure(figsize=(13, 2.5 * shape.heads), layout="constrained")
+    grid = figure.subplots(shape.heads, 5, squeeze=False)
+    for layer in range(shape.layers):
+        for path in (f"h.{layer}.attn.{m}" for m in "qkvo"):
+            U, V = run.decomposition.U[path][kept[path]], run.decomposition.V[path].T[kept[path]]
+            by_head, other = (V, U) if path.endswith("o") else (U, V)  # o reads from the heads
+            norm = by_head.view(len(U), shape.heads, -1).norm(dim=-1) * other.norm(dim=-1, keepdim=True)
+            several = (norm > 0.5 * norm.amax(1, keepdim=True)).sum(1) > 1
+            rows[path] = {"in a second head": several.float().mean().item()}
+        parts = score_parts(run.model, run.decomposition, layer, ids)
+        a_q, a_k, static = parts["a_q"], parts["a_k"], parts["static"]
+        scores = centred(torch.einsum("tc,hcd,sd->hts", a_q, static, a_k) + parts["rest"])  # (heads, T, T)
+        for h, true in enumerate(scores):
+            share = explained(static[h], a_q, a_k, true)
+            best = [divmod(i, share.shape[1]) for i in share.flatten().topk(3).indices.tolist()]
+            rows[f"layer {layer}, head {h}"] = {f"pair {n}": share[pair].item() for n, pair in enumerate(best, 1)}
+            pattern = torch.where(torch.ones_like(true).tril() > 0, true, -torch.inf).softmax(-1)
+            panels = [("attention", pattern), ("scores", true)]
+            for c, other in best:
+                outer = static[h, c, other] * torch.outer(a_q[:, c], a_k[:, other])
+                panels.append((f"q:{c} k:{other}", centred(outer)))
+            for axis, (title, matrix) in zip(grid[h], panels):
+                axis.clear()  # the last layer stays
+                high = matrix.abs().max().item()  # a pair is too faint to be seen on the scale of all
+                style = {"vmin": 0} if title == "attention" else {"vmin": -high, "vmax": high, "cmap": "RdBu_r"}
+                axis.imshow(matrix.numpy(), interpolation="nearest", **style)
+                axis.set(title=f"head {h}: {title}", xticks=[], yticks=[])
+    return rows, {"text": ids[0].tolist()}, figure
+
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-CLAIMS = {claim.__name__: claim for claim in (losses, frontier, transcoders, seeds, sizes, attack)}
+CLAIMS = {claim.__name__: claim for claim in (losses, frontier, transcoders, seeds, sizes, attack, attention)}
 
 def main() -> None:
     """See the top of this file."""

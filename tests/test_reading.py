@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import evidence
 import train_gpt2 as gpt
 import vpd
 
@@ -325,7 +326,7 @@ def command(monkeypatch, capsys):
 def test_all_pairs_with_biases_and_delta_give_the_attention_scores():
     model, decomposition, _, batch = small()
     for layer in (0, 1):
-        parts = gpt.score_parts(model, decomposition, layer, batch)
+        parts = evidence.score_parts(model, decomposition, layer, batch)
         _, inputs = vpd.forward_with_inputs(model, decomposition.U, batch)
         attn = model.h[layer].attn
         q, k = (matrix(inputs[f"h.{layer}.attn.{m}"][0]) for m, matrix in (("q", attn.q), ("k", attn.k)))
@@ -347,7 +348,7 @@ def test_what_a_pair_explains_alone_is_the_variance_that_goes_when_its_scores_ar
         return torch.stack([nn.functional.pad(row, (0, T - len(row))) for row in rows])
 
     scores = seen_by_softmax(a_q @ static @ a_k.T + torch.randn(T, T))
-    share = gpt.explained(static, a_q, a_k, scores)
+    share = evidence.explained(static, a_q, a_k, scores)
     for c in range(3):
         for other in range(4):
             left = scores - seen_by_softmax(static[c, other] * a_q[:, c, None] * a_k[:, other])
@@ -355,22 +356,20 @@ def test_what_a_pair_explains_alone_is_the_variance_that_goes_when_its_scores_ar
             assert share[c, other].item() == pytest.approx(expected.item(), abs=1e-9)
 
 
-def test_attention_by_command_prints_spread_and_pairs_of_every_head_and_writes_two_pictures(run, command):
-    text = command("--out", run.folder, "--attention", "1", "--prompt", "def first(self, x):")
-    lines = text.splitlines()
-    assert [line.split(":")[0] for line in lines[:4]] == [f"h.1.attn.{m}" for m in "qkvo"]
+def test_the_attention_claim_has_the_spread_and_the_pairs_of_every_head(run, tmp_path):
+    rows, _, figure = evidence.attention(run, tmp_path)
     # independently: the subcomponents of v whose norm in the second of two heads is over half that in the first
     U, V = run.decomposition.U["h.1.attn.v"], run.decomposition.V["h.1.attn.v"]
     mean = json.loads((run.folder / "metrics.json").read_text())["matrices"]["h.1.attn.v"]["mean_importance"]
     alive = [c for c in range(6) if mean[c] > vpd.ALIVE]
     norms = [sorted((U[c, :8].norm() * V[:, c].norm(), U[c, 8:].norm() * V[:, c].norm())) for c in alive]
     share = sum(bool(small > large / 2) for small, large in norms) / len(alive)
-    assert f"{share:.0%} of {len(alive)} alive" in lines[2]
-    for h in range(2):
-        static, *pairs = [line for line in lines if line.startswith(f"head {h},")]
-        shares = [int(line.split("explains ")[1].split("%")[0]) for line in pairs]
-        assert static.count(" sd)") == 3 and len(shares) == 3 and shares == sorted(shares, reverse=True)
-    assert all((run.folder / f"attention_1{name}.png").stat().st_size > 10_000 for name in ("", "_pairs"))
+    assert rows["h.1.attn.v"]["in a second head"] == pytest.approx(share)
+    for layer in range(2):
+        for h in range(2):
+            shares = list(rows[f"layer {layer}, head {h}"].values())
+            assert len(shares) == 3 and shares == sorted(shares, reverse=True)
+    assert len(figure.axes) == 10
 
 
 def test_an_edit_by_command_is_measured_and_its_proposals_are_parts_that_can_be_edited(run, command, monkeypatch):
@@ -466,15 +465,15 @@ def test_the_groups_of_a_run_hold_every_alive_part_once_and_stand_on_the_page(ru
         assert part["group"] == -1 or name in result["groups"][part["group"]]["members"]
 
 
-def test_a_page_with_too_many_parts_keeps_the_clearest_and_says_how_many_it_leaves_out(run, monkeypatch):
-    everything = {(part["matrix"], part["c"]): part["clearness"] for part in gpt.describe_all(run, *gpt.observe(run))}
-    monkeypatch.setattr(gpt, "KEPT", 2)
+def test_a_page_with_too_many_parts_keeps_the_most_important_and_says_how_many_it_leaves_out(run, monkeypatch):
+    everything, means = {(part["matrix"], part["c"]) for part in gpt.describe_all(run, *gpt.observe(run))}, gpt.mean_importances(run)
+    monkeypatch.setattr(gpt, "PARTS", 2 * len(means))
     text, page = gpt.report(run, []), (run.folder / "report.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     kept = {(part["matrix"], part["c"]) for part in data["parts"]}
     for path in run.decomposition.U:
-        scores = sorted((score for (matrix, _), score in everything.items() if matrix == path), reverse=True)
-        assert sorted((everything[part] for part in kept if part[0] == path), reverse=True) == scores[:2]
+        order = sorted((c for matrix, c in everything if matrix == path), key=lambda c: -means[path][c].item())
+        assert {c for matrix, c in kept if matrix == path} == set(order[:2])
     said = f"{len(everything) - len(kept)} of {len(everything)} are left out"
     assert len(kept) < len(everything) and said in text and said in page
 
@@ -571,11 +570,9 @@ def test_a_damaged_target_is_refused_in_one_line(run, tmp_path, command):
         (["--circuit", "x" * 100], "the model takes 1 to 16"),
         (["--circuit", ""], "has 0 tokens"),
         (["--circuit", "def", "--token", "def first("], "is not one token but"),
-        (["--attention", "2"], "the model has layers 0 to 1"),
-        (["--attention", "1", "--prompt", "\n"], "attention needs two"),
         (["--report", "--device", "warp"], "there is no device 'warp'"),
         (["--report", "--seed", "5"], "made with another --seed"),
-        (["--report", "--attention", "1"], "ask for one of them at a time"),
+        (["--report", "--edit"], "ask for one of them at a time"),
         (["--edit", "h.1.mlp.dow:1", "--to", "x"], "the nearest: h.1.mlp.down"),
         (["--edit", "h.1.mlp.up:1", "--to", "x"], "writes to the residual stream"),
         (["--edit", "h.1.mlp.down:77", "--to", "x"], "is no alive subcomponent"),

@@ -14,6 +14,7 @@ import torch
 
 import train_gpt2 as gpt
 import vpd
+from test_vpd import PeakMemory
 
 TEXT = "def first(self, x):\n    return self.first(x) + 12\n\n\nclass Näme:\n\tdef second(self): return 'ß' \n" * 40
 
@@ -368,6 +369,49 @@ def test_onednn_multiplies_only_on_a_cpu_that_has_bfloat16(monkeypatch, supporte
     assert torch.backends.cuda.flash_sdp_enabled() == (chosen == "highest")
 
 
+LAPTOP = gpt.PRESETS["laptop"]
+
+
+@pytest.mark.parametrize(
+    "shape, C, batch, changes",
+    [
+        (LAPTOP.shape, LAPTOP.C, 8, {}),
+        (dataclasses.replace(LAPTOP.shape, layers=4, width=128, vocabulary=4096), LAPTOP.C, 4, {"muon": 0.0, "G_width": 256, "G_blocks": 3}),
+        (dataclasses.replace(LAPTOP.shape, context=128), {m: 3 * n for m, n in LAPTOP.C.items()}, 8, {"accumulate": 4, "adversary_steps": 2}),
+    ],
+)
+def test_the_memory_of_a_step_is_within_a_fifth_of_the_formula(shape, C, batch, changes):
+    model, config = gpt.GPT(shape).eval(), dataclasses.replace(LAPTOP.config, **changes)
+    C = {f"h.{i}.{matrix}": number for i in range(shape.layers) for matrix, number in C.items()}
+    ids = torch.randint(shape.vocabulary, (batch, shape.context))
+    with PeakMemory() as memory:
+        training = vpd.start(model, C, vpd.check(model, C, ids, config), config)
+        vpd.training_step(model, ids, vpd.kl, training, config)  # Adam's moments are there from the first step on
+        memory.peak = 0
+        vpd.training_step(model, ids, vpd.kl, training, config)
+    measured = memory.peak + 4 * sum(x.numel() for x in model.parameters())  # the model was there before
+    assert 1e9 * gpt.peak_memory(model, C, ids.numel(), config) == pytest.approx(measured, rel=0.2)
+
+
+def test_a_step_that_does_not_fit_is_refused_before_anything_is_computed_and_a_batch_named_that_fits(tmp_path, command, monkeypatch):
+    preset = gpt.PRESETS["laptop"]
+    C = {f"h.{i}.{matrix}": n for i in range(preset.shape.layers) for matrix, n in preset.C.items()}
+
+    def takes(batch, n):
+        config = dataclasses.replace(preset.config, accumulate=n)
+        return gpt.peak_memory(gpt.GPT(preset.shape), C, batch * preset.shape.context, config)
+
+    B = preset.batch
+    assert B % 2 == 0 and takes(B, 1) > takes(B, 2) > takes(B, B) > takes(B - 1, B - 1)
+    cases = [(takes(B, 2), f"give --batch {B} --accumulate 2"), (takes(B - 1, B - 1), f"give --batch {B - 1} --accumulate {B - 1}"), (0, "give fewer subcomponents with --C")]
+    monkeypatch.setattr(gpt, "corpus", lambda *_: pytest.fail("computed"))
+    for has, advice in cases:
+        monkeypatch.setattr(gpt.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1.001, "SC_PHYS_PAGES": has * 1e9}[name])
+        with pytest.raises(SystemExit, match=f"error: a step takes about .* GB, and cpu has .*: {advice}$"):
+            command("--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parameters_in_float32():
     preset = small_preset()
     torch.manual_seed(0)
@@ -378,7 +422,7 @@ def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parame
         config = dataclasses.replace(preset.config, bf16=bf16)
         training = vpd.start(model, C, vpd.check(model, C, batch, config), config)
         found[bf16] = vpd.training_step(model, batch, vpd.kl, training, config)
-        state = [*training.decomposition.U.values(), *training.decomposition.G.parameters(), *training.sources]
+        state = [*training.decomposition.U.values(), *training.decomposition.G.parameters()]
         assert all(x.dtype == x.grad.dtype == torch.float32 for x in state)
     assert found[True]["delta_l2"] == found[False]["delta_l2"]  # never in bfloat16
     assert found[True]["stochastic"] != found[False]["stochastic"]  # the forward passes are
