@@ -10,7 +10,7 @@
 
     python train_gpt2.py --out runs/laptop --report         # read a finished run: the page of all subcomponents
     python train_gpt2.py --out runs/laptop --circuit "def __init__(" [--token self]
-    python train_gpt2.py --out runs/laptop --edit [h.1.mlp.down:37 --to None --alpha 3]
+    python train_gpt2.py --out runs/laptop --edit h.1.mlp.down:37 --to None [--alpha 3]
     python train_gpt2.py --out runs/laptop --compare runs/C-2                   # do the two decompositions agree?
 
 A run leaves a target model (target.pt), its decomposition (decomposition/), and metrics.json with pictures.
@@ -100,8 +100,7 @@ class GPT(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape
-        self.tokens = nn.Embedding(shape.vocabulary, shape.width)
-        self.positions = nn.Embedding(shape.context, shape.width)
+        self.tokens, self.positions = (nn.Embedding(n, shape.width) for n in (shape.vocabulary, shape.context))
         self.h = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width, shape.epsilon)
         for name, parameter in self.named_parameters():
@@ -162,28 +161,26 @@ class Tokenizer:
         count = collections.Counter(PIECES.findall(text))
         words, times = [list(piece.encode()) for piece in count], list(count.values())
         pairs, where = collections.Counter(), collections.defaultdict(set)  # pair -> how often, and in which words
-        for w, word in enumerate(words):
-            for pair in zip(word, word[1:]):
-                pairs[pair] += times[w]
+        queue, changed, merges = [], set(), []  # queue: (-how often, pair); changed: pairs to be queued anew
+        def recount(w, sign):
+            for pair in zip(words[w], words[w][1:]):
+                pairs[pair] += sign * times[w]
                 where[pair].add(w)
-        queue, merges = [(-n, pair) for pair, n in pairs.items()], []
-        heapq.heapify(queue)
+                changed.add(pair)
+        for w in range(len(words)):
+            recount(w, 1)
         for token in vpd.with_progress(range(256, vocabulary), "learning the tokens"):
+            while changed:
+                heapq.heappush(queue, (-pairs[pair := changed.pop()], pair))
             while queue and (not queue[0][0] or -queue[0][0] != pairs[queue[0][1]]):
                 heapq.heappop(queue)  # out of date: the present count of this pair is elsewhere in the queue
             if not queue:
                 break
             merges.append(pair := heapq.heappop(queue)[1])
-            changed = set()
             for w in where.pop(pair):
-                old, words[w] = words[w], merge(words[w], pair, token)
-                for sign, word in ((-times[w], old), (times[w], words[w])):
-                    for neighbours in zip(word, word[1:]):
-                        pairs[neighbours] += sign
-                        changed.add(neighbours)
-                        where[neighbours].add(w)
-            for neighbours in changed:
-                heapq.heappush(queue, (-pairs[neighbours], neighbours))
+                recount(w, -1)
+                words[w] = merge(words[w], pair, token)
+                recount(w, 1)
         return Tokenizer(merges)
 
     def encode(self, text: str) -> np.ndarray:
@@ -293,9 +290,8 @@ PRESETS = {
     "laptop": Preset(  # 6 to 15 minutes on two cores; many small steps beat few large ones (but not with batch=4)
         Shape(layers=2, width=64, heads=4, context=64, vocabulary=1024), batch=8, target_steps=10_000, target_lr=3e-3,
         C={"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
-        # ours: adversary_steps=0, at four times the rate: the ascent that comes free with the loss is enough, and a
-        # fifth of the time is saved. lr: 2e-3 was worst; from 5e-3 on, cross-entropy trades against L0. G of twice this
-        # size is no better.
+        # ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a
+        # fifth of the time. lr: 2e-3 was worst; from 5e-3 on, cross-entropy trades against L0. Twice the G: no better.
         config=vpd.Config(steps=4000, lr=7e-3, muon=2.0, w_importance=6.5e-4, w_frequency=3.5e-4, w_delta=1e6,
                           adversary_steps=0, adversary_lr=0.04, G_width=96, G_blocks=1, **COMMON)),
     "gpu": Preset(  # for one GPU; not measured
@@ -310,8 +306,7 @@ PRESETS = {
         C={"attn.q": 512, "attn.k": 512, "attn.v": 1024, "attn.o": 1024, "mlp.up": 3072, "mlp.down": 3584},
         config=vpd.Config(steps=400_000, lr=5e-5, muon=0, beta2=0.999, clip_G=math.inf, w_importance=2e-4,
                           w_frequency=1e-4, w_delta=1e7, G_width=2048, G_blocks=8, G_heads=16, G_activations=False,
-                          bf16=True, **COMMON)),
-}  # fmt: skip
+                          bf16=True, **COMMON))}  # fmt: skip
 EVALUATED = 16_384  # positions of validation text, at least; but one batch for ten steps at most
 CHECKPOINT_SECONDS = 60  # what a kill costs at most; where checkpoints are gigabytes, five times that
 
@@ -334,6 +329,11 @@ def load_saved(file: Path, device: str) -> dict:
         return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         raise BadInput(f"{file} is damaged ({type(error).__name__}): delete it, and go on with --resume") from error
+
+def write(file: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with vpd.replacing(file) as opened:
+        opened.write(text.encode())
 
 def save_target(model: GPT, record: dict, folder: Path) -> None:
     """Write target.pt: the model, its shape, and the record of its training (see `train_target`)."""
@@ -389,22 +389,18 @@ GPT2_NAMES = {  # our modules -> those of Hugging Face's GPT-2, where q, k and v
     "tokens": "wte", "positions": "wpe", "norm": "ln_f", "norm_attn": "ln_1", "norm_mlp": "ln_2",
     "attn.q": "attn.c_attn", "attn.k": "attn.c_attn", "attn.v": "attn.c_attn", "attn.o": "attn.c_proj",
     "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}  # fmt: skip
-
 MASKS = (".attn.bias", ".attn.masked_bias")  # of attention, in older files: no weights
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file: the length of a header, 8 bytes; the header, JSON; raw tensors."""
     kinds, content = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in header.items():
-        if name.endswith(MASKS):
-            continue
-        begin, end = entry["data_offsets"]
-        raw = torch.frombuffer(bytearray(content[start + begin : start + end]), dtype=kinds[entry["dtype"]])
-        tensors[name] = raw.reshape(entry["shape"])
+    for name, entry in json.loads(content[8:start]).items():
+        if name != "__metadata__" and not name.endswith(MASKS):
+            begin, end = entry["data_offsets"]
+            raw = torch.frombuffer(bytearray(content[start + begin : start + end]), dtype=kinds[entry["dtype"]])
+            tensors[name] = raw.reshape(entry["shape"])
     return tensors
 
 def load_gpt2(source: Path) -> GPT:
@@ -418,16 +414,15 @@ def load_gpt2(source: Path) -> GPT:
             file = file if file.exists() else source / "pytorch_model.bin"
         safe = file.suffix == ".safetensors"
         given = read_safetensors(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        given = {name.removeprefix("transformer."): x.float() for name, x in given.items()}
+        given = {name.removeprefix("transformer."): x.float() for name, x in given.items() if not name.endswith(MASKS)}
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise BadInput(f"{file} is no checkpoint that can be read ({reason}): give a GPT-2") from error
-    given = {name: x for name, x in given.items() if not name.endswith(MASKS)}
     vpd.refuse(not {"wte.weight", "wpe.weight"} <= given.keys(), f"{file} lacks wte.weight or wpe.weight: give a GPT-2")
     (vocabulary, width), context = given["wte.weight"].shape, len(given["wpe.weight"])
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.refuse(not tied, f"{file}: lm_head.weight is not wte.weight; give a GPT-2 whose unembedding is its embedding")
-    heads = config.get("n_head", width // 64)
+    heads, epsilon = config.get("n_head", width // 64), config.get("layer_norm_epsilon", 1e-5)
     uneven = not heads or width % heads
     vpd.refuse(uneven, f"{file} is of width {width}, which {heads} heads do not divide: give its folder")
     usual = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
@@ -435,7 +430,6 @@ def load_gpt2(source: Path) -> GPT:
     unusual = [f"{name} {config[name]}" for name, known in usual.items() if config.get(name, known[0]) not in known]
     vpd.refuse(unusual, f"{source}/config.json has {', '.join(unusual)}: give a GPT-2 as it was published")
     layers = 1 + max((int(match[1]) for name in given if (match := re.match(r"h\.(\d+)\.", name))), default=-1)
-    epsilon = config.get("layer_norm_epsilon", 1e-5)
     model, state, used = GPT(Shape(layers, width, heads, context, vocabulary, epsilon)), {}, set()
     for name, ours in model.state_dict().items():
         layer, path, tensor = re.fullmatch(r"(h\.\d+\.)?(.+)\.(weight|bias)", name).groups(default="")
@@ -454,8 +448,7 @@ def load_gpt2(source: Path) -> GPT:
 # ---- A run: the target, its decomposition (stage 2 is vpd.decompose), and what they leave in a folder ---------------
 
 # Of a run, by default: the standard library, a target of its own, the preset's steps and batch; C is a factor.
-SETTINGS = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "batch": 0, "accumulate": 1,
-            "C": 1}  # fmt: skip
+SETTINGS = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "batch": 0, "accumulate": 1, "C": 1}
 
 @dataclass
 class Run:
@@ -471,8 +464,7 @@ class Run:
     device: str
 
 def sized(preset: Preset, shape: Shape) -> Preset:
-    """The preset for a model of this shape: subcomponents in the proportions of the published run; G of twice the width
-    and half the depth."""
+    """The preset for this shape: C in the proportions of the published run, G twice as wide and half as deep as it."""
     parts = {"attn.q": 2 / 3, "attn.k": 2 / 3, "attn.v": 4 / 3, "attn.o": 4 / 3, "mlp.up": 4, "mlp.down": 14 / 3}
     heads = max(1, shape.width // 64)
     C = {matrix: max(1, round(part * shape.width)) for matrix, part in parts.items()}
@@ -557,15 +549,13 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         ids, tokenizer = corpus(data, preset, places)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "settings.json").exists():  # first: with the settings alone a killed run can be resumed
-            with vpd.replacing(folder / "settings.json") as file:
-                file.write(json.dumps(settings).encode())
+            write(folder / "settings.json", json.dumps(settings))
         if record and not (folder / "target.pt").exists():  # it was not trained here
             save_target(model, record, folder)
         if tokenizer and not (folder / "tokenizer.json").exists():
-            with vpd.replacing(folder / "tokens.npy") as file:
+            with vpd.replacing(folder / "tokens.npy") as file:  # first: tokenizer.json says that it is whole
                 np.save(file, ids)
-            with vpd.replacing(folder / "tokenizer.json") as file:  # last: it says that tokens.npy is whole
-                file.write(json.dumps({"merges": tokenizer.merges, "gpt2": tokenizer.gpt2}).encode())
+            write(folder / "tokenizer.json", json.dumps({"merges": tokenizer.merges, "gpt2": tokenizer.gpt2}))
     model = model.to(device).eval()
     if settings["preset"] != "laptop" and not device.startswith("cuda") and vpd.rank() == 0 and not finished:
         print(f"warning: the preset {settings['preset']} is for GPUs; on {device} it takes very long", file=sys.stderr)
@@ -661,12 +651,10 @@ def evaluate(run: Run) -> dict:
         (folder / "continuations.txt").write_text("\n".join(lines), encoding="utf-8")
         print("\n".join(lines))
     seconds = json.loads(log.read_text().splitlines()[-1])["seconds"]
-    spent = run.record["seconds"], seconds, time.monotonic() - began
-    metrics["seconds"] = dict(zip(("target", "decomposition", "evaluation"), spent))
+    spent = {"target": run.record["seconds"], "decomposition": seconds, "evaluation": time.monotonic() - began}
     step, tokens = seconds / config.steps, run.preset.batch * run.preset.shape.context  # of a step
-    metrics["speed"] = {"seconds_per_step": step, "tokens_per_second": tokens / step}
-    with vpd.replacing(folder / "metrics.json") as file:  # last: it says that the run is finished
-        file.write(json.dumps(metrics, indent=1).encode())
+    metrics |= {"seconds": spent, "speed": {"seconds_per_step": step, "tokens_per_second": tokens / step}}
+    write(folder / "metrics.json", json.dumps(metrics, indent=1))  # last: it says that the run is finished
     return metrics
 
 def draw_masking(metrics: dict, file: Path) -> None:
@@ -701,6 +689,7 @@ def table(metrics: dict) -> str:
 
 FIRES = 0.1  # a subcomponent fires where its causal importance exceeds this ([VPD] section 8)
 PARTS, EXAMPLES, AROUND = 3000, 8, 10  # subcomponents on the page at most; examples of each; tokens on either side
+FLOWS = 4, 18_000  # batches over which attributions are summed; so many by the number of matrices: parts that get any
 TO_STREAM = ("attn.o", "mlp.down")  # matrices that write to the residual stream, where tokens have directions
 
 @torch.no_grad()
@@ -743,9 +732,8 @@ def neighbourhood(ids: Tensor, vocabulary: int) -> dict[str, tuple[Tensor, Tenso
 
 def commonest(seen: Tensor, fires: Tensor) -> list[tuple[int, float]]:
     """The three commonest of the ids `seen` (N, T), -1 for none, where a subcomponent fires (N, T): [(id, share)]."""
-    ids, times = seen[fires & (seen >= 0)].unique(return_counts=True)
-    order = times.argsort(descending=True, stable=True)[:3]
-    return [(i, n / int(times.sum())) for i, n in zip(ids[order].tolist(), times[order].tolist())]
+    ids = sorted(seen[fires & (seen >= 0)].tolist())  # of equally common ones the smallest come first
+    return [(i, n / len(ids)) for i, n in collections.Counter(ids).most_common(3)]
 
 def clearness(sides: dict, fires: Tensor) -> tuple[float, str, list[tuple[int, float]]]:
     """How clearly one sees when a subcomponent fires, (N, T): (score, by which of `sides`, its commonest ids, shares).
@@ -760,14 +748,12 @@ def clearness(sides: dict, fires: Tensor) -> tuple[float, str, list[tuple[int, f
     return best
 
 def examples(ids: Tensor, g: Tensor, a: Tensor, fires: Tensor, generator: torch.Generator) -> list[list]:
-    """Random windows where a subcomponent fires: [tokens, importances 0 to 9, activations -9 to 9, the firing token].
-    Inputs: (N, T)."""
+    """Random windows where c fires, from (N, T): [ids, importances 0 to 9, activations -9 to 9, the firing token]."""
     places, largest, chosen = fires.nonzero(), a[fires].abs().max().clamp(min=1e-6), []
     for n, t in places[torch.randperm(len(places), generator=generator)[:EXAMPLES].to(places.device)].tolist():
         window = slice(max(0, t - AROUND), t + AROUND + 1)
-        strength = (9 * a[n, window] / largest).round().clamp(-9, 9)
-        shown_importance, shown_strength = (9 * g[n, window]).ceil().int().tolist(), strength.int().tolist()
-        chosen.append([ids[n, window].tolist(), shown_importance, shown_strength, t - window.start])
+        importance, strength = (9 * g[n, window]).ceil(), (9 * a[n, window] / largest).round().clamp(-9, 9)
+        chosen.append([*(x.int().tolist() for x in (ids[n, window], importance, strength)), t - window.start])
     return chosen
 
 def readout(model: GPT) -> Tensor:
@@ -778,26 +764,20 @@ def readout(model: GPT) -> Tensor:
 
 def describe_all(run: Run, ids: Tensor, g: dict[str, Tensor], a: dict[str, Tensor]) -> list[dict]:
     """The subcomponents that fire, of more than PARTS the most important of each matrix, with what a person needs to
-    judge them, the clearest first. Arguments: of `observe`.
-    "density": share of positions where it fires; "importance": mean there; "contrast": mean size of its activation
-    there over root mean square elsewhere; "moves", "lowers": the tokens that it raises and lowers most there, for
-    matrices of TO_STREAM."""
+    judge them, the clearest first. Arguments: of `observe`. "density": share of positions where it fires; "importance":
+    mean there; "moves", "lowers": the tokens that it raises and lowers most there, for matrices of TO_STREAM."""
     sides, E, parts = neighbourhood(ids, run.preset.shape.vocabulary), readout(run.model), []
     for path in vpd.with_progress(g, "subcomponents, by matrix"):
         for c, fires in firing(g[path], PARTS // len(g)).items():
-            activation, importance, moves, lowers = a[path][..., c].float(), g[path][..., c].float(), [], []
-            score, by, tokens = clearness(sides, fires)
-            elsewhere = activation[~fires].square().mean().sqrt().item() if not fires.all() else math.inf
+            moves, lowers, (score, by, tokens) = [], [], clearness(sides, fires)
+            importance, activation = (x[path][..., c][fires].float().mean() for x in (g, a))
             if path.endswith(TO_STREAM):
-                raised = E @ run.decomposition.U[path][c].detach() * activation[fires].mean().sign()  # (vocabulary,)
+                raised = E @ run.decomposition.U[path][c].detach() * activation.sign()  # (vocabulary,)
                 moves, lowers = raised.topk(6).indices.tolist(), raised.neg().topk(6).indices.tolist()
-            part = {"matrix": path, "c": c, "fires": int(fires.sum()), "density": fires.float().mean().item()}
-            part |= {"importance": importance[fires].mean().item(), "clearness": score, "by": by, "tokens": tokens}
-            part |= {"contrast": activation[fires].abs().mean().item() / max(elsewhere, 1e-3), "moves": moves}
-            parts.append(part | {"lowers": lowers})
-    places = {path: iter(range(len(parts))) for path in g}
-    parts.sort(key=lambda part: -part["clearness"])
-    return [part | {"place": next(places[part["matrix"]])} for part in parts]  # its place among those of its matrix
+            parts.append({"name": f"{path}:{c}", "matrix": path, "c": c, "fires": int(fires.sum()),
+                          "density": fires.float().mean().item(), "importance": importance.item(), "clearness": score,
+                          "by": by, "tokens": tokens, "moves": moves, "lowers": lowers})  # fmt: skip
+    return sorted(parts, key=lambda part: -part["clearness"])
 
 def shown(run: Run, token: int) -> str:
     """A token as people can see it; without a tokenizer its number."""
@@ -807,7 +787,7 @@ def described(run: Run, part: dict) -> str:
     """A subcomponent in a line: where it fires, and which tokens it raises."""
     tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
     moves = "; raises " + " ".join(shown(run, token) for token in part["moves"][:4]) if part["moves"] else ""
-    return f"{part['matrix'] + ':' + str(part['c']):18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{moves}"
+    return f"{part['name']:18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{moves}"
 
 def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
     """Groups of alive subcomponents, of more than 1,500 those of the largest mean importance, that are active together
@@ -823,22 +803,18 @@ def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
     for columns in sorted(found["groups"], key=len, reverse=True):
         where = active[..., columns].any(-1)
         _, by, tokens = clearness(sides, where)
-        group = {"members": [names[c] for c in columns], "active": where.float().mean().item()}
-        groups.append(group | {"by": by, "tokens": tokens})
+        members, share = [names[c] for c in columns], where.float().mean().item()
+        groups.append({"members": members, "active": share, "by": by, "tokens": tokens})
     span = sum(len({name.split(".")[1] for name in group["members"]}) > 1 for group in groups)
     result = found | {"found": len(groups), "span": span, "groups": groups}
-    with vpd.replacing(run.folder / "groups.json") as file:
-        file.write(json.dumps(result, indent=1).encode())
+    write(run.folder / "groups.json", json.dumps(result, indent=1))
     return result
 
-FLOWS = 4, 18_000  # batches over which attributions are summed; so many by the number of matrices: parts that get any
-
 def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
-    """How much parts add directly to each other's activation, summed over the positions where the target fires ([VPD]'s
-    dataset-aggregated attributions), with the importances as masks. {name of a part: {"sources", "targets": [(name,
-    sum), ...]}}, the five strongest of each."""
+    """How much parts add directly to each other's activation, summed over where the target fires; masks: importances
+    ([VPD]'s dataset-aggregated attributions). {name: {"sources", "targets": [(name, sum), ...]}}, the 5 strongest."""
     (number, most), model, found = FLOWS, run.model, run.decomposition
-    total, names = collections.defaultdict(float), {f"{part['matrix']}:{part['c']}" for part in parts}
+    total, strongest = collections.defaultdict(float), {part["name"]: {"sources": [], "targets": []} for part in parts}
     for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device)[:number], "attributions"):
         _, g = vpd.predict_importances(model, found, batch)
         _, activations, writes = vpd.cut_forward(model, found, g, batch)
@@ -847,13 +823,12 @@ def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
             if (fires := g[path][..., c] > FIRES).any():
                 into = vpd.attributions(activations[path][..., c][fires].sum(), found, g, activations, writes)
                 for source, x in into.items():
-                    total[source, path, c] = total[source, path, c] + x[..., :-1].sum((0, 1))  # (C,)
-    pairs = [(f"{source}:{i}", f"{path}:{c}", x[i].item()) for (source, path, c), x in total.items()
+                    total[source, target["name"]] += x[..., :-1].sum((0, 1))  # (C,)
+    pairs = [(f"{source}:{i}", target, x[i].item()) for (source, target), x in total.items()
              for i in x.abs().topk(min(20, len(x))).indices.tolist()]  # fmt: skip
-    strongest = {name: {"sources": [], "targets": []} for name in names}
     for source, target, x in sorted(pairs, key=lambda pair: -abs(pair[2])):
         for name, side, other in ((target, "sources", source), (source, "targets", target)):
-            if x and {name, other} <= names and len(strongest[name][side]) < 5:
+            if x and {name, other} <= strongest.keys() and len(strongest[name][side]) < 5:
                 strongest[name][side].append((other, x))
     return strongest
 
@@ -866,68 +841,55 @@ def asked(run: Run, prompt: str) -> dict:
         for t, c in (x[0, :, :-1] > FIRES).nonzero().tolist():
             active[t].append((f"{path}:{c}", x[0, t, c].item()))
     result = {"ids": ids[0].tolist(), "active": [sorted(parts, key=lambda part: -part[1]) for parts in active]}
-    circuits_made = (json.loads(file.read_text()) for file in sorted(run.folder.glob("circuit*.json")))
+    newest_last = sorted(run.folder.glob("circuit*.json"), key=lambda file: file.stat().st_mtime)
+    circuits_made = (json.loads(file.read_text()) for file in newest_last)
     for made in (made for made in circuits_made if made["prompt"] == prompt):
         graph = made["pruned_graph"]
-        nodes, rows = [f"{node['matrix']}:{node['subcomponent']}" for node in graph["nodes"]], []
-        for n, edges in edges_into(graph).items():
-            sources = [(nodes[edge["source"]], edge["attribution"]) for edge in edges[:3]]
-            rows += [(graph["nodes"][n]["position"], nodes[n], sources)] if sources else []
+        nodes = [(node["position"], f"{node['matrix']}:{node['subcomponent']}") for node in graph["nodes"]]
+        rows = [(*nodes[n], [(nodes[edge["source"]][1], edge["attribution"]) for edge in edges[:3]])
+                for n, edges in edges_into(graph).items() if edges]  # fmt: skip
         result |= {"token": made["token"], "circuit": rows[::-1]}
     return result
-
-@torch.no_grad()
-def predictions(run: Run, ids: Tensor) -> Tensor:
-    """The token that the target model finds most probable after each position, (N, T)."""
-    return torch.cat([run.model(batch).argmax(-1) for batch in ids.split(run.preset.batch)])
 
 def report(run: Run, prompts: list[str]) -> str:
     """Write report.html, and return the clearest subcomponents as text for the terminal, two of each matrix at most."""
     answers = [asked(run, prompt) for prompt in prompts]
     ids, g, a = observe(run)
     parts, generator = describe_all(run, ids, g, a), torch.Generator().manual_seed(0)
-    groups, predicted = components(run, ids, g), predictions(run, ids)
+    groups = components(run, ids, g)
     group_of = {name: n for n, group in enumerate(groups["groups"]) for name in group["members"]}
-    sides = {side: seen for side, (seen, _) in neighbourhood(ids, run.preset.shape.vocabulary).items()}
+    seen = {side: tokens for side, (tokens, _) in neighbourhood(ids, run.preset.shape.vocabulary).items()}
+    with torch.no_grad():
+        seen["predicted"] = torch.cat([run.model(batch).argmax(-1) for batch in ids.split(run.preset.batch)])
     compared, flow = run.folder / "compare.json", flows(run, parts)
     matches = json.loads(compared.read_text()).get("matches", {}) if compared.exists() else {}
     for part in vpd.with_progress(parts, "examples"):
-        name = f"{part['matrix']}:{part['c']}"
         importance, activation = (x[part["matrix"]][..., part["c"]].float() for x in (g, a))
-        fires = importance > FIRES
+        name, fires = part["name"], importance > FIRES
         part["examples"] = examples(ids, importance, activation, fires, generator)
-        around = {side: commonest(seen, fires) for side, seen in (sides | {"predicted": predicted}).items()}
+        around = {side: commonest(tokens, fires) for side, tokens in seen.items()}
         bars = {"activation": activation[fires], "importance": importance[importance > 0]}
         bars = {of: [x.min().item(), x.max().item(), x.cpu().histc(20).int().tolist()] for of, x in bars.items()}
-        part |= {"around": around, "bars": bars, "match": matches.get(name), **flow[name]}
-        part["group"] = group_of.get(name, -1)  # -1: its mean importance is too low
+        group = group_of.get(name, -1)  # -1: its mean importance is too low
+        part |= {"around": around, "bars": bars, "match": matches.get(name), "group": group, **flow[name]}
     all_firing, most = sum(int((x.amax((0, 1)) > FIRES).sum()) for x in g.values()), PARTS // len(g)
     lost = f"{all_firing - len(parts)} of {all_firing} are left out: of each matrix the {most} most important are here."
     left_out = lost if all_firing > len(parts) else ""
-    vocabulary = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in range(run.preset.shape.vocabulary)]
+    words = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in range(run.preset.shape.vocabulary)]
     metrics = json.loads((run.folder / "metrics.json").read_text())
     matrices = {path: [m["alive"], m["C"], m["l0"]] for path, m in metrics["matrices"].items()}
-    data = {"vocabulary": vocabulary, "matrices": matrices, "parts": parts, "prompts": answers}
-    data = json.dumps(rounded(data | {"groups": groups["groups"]}), separators=(",", ":"), allow_nan=False)
+    data = {"vocabulary": words, "matrices": matrices, "parts": parts, "prompts": answers, "groups": groups["groups"]}
+    data = json.loads(json.dumps(data), parse_float=lambda x: float(f"{float(x):.3g}"))  # three digits: half as large
+    data = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")  # no tag inside
     pictures = [base64.b64encode((run.folder / name).read_bytes()) for name in ("masking.png", "training.png")]
     images = "".join(f'<img src="data:image/png;base64,{picture.decode()}" alt="">' for picture in pictures)
-    page = PAGE.replace("@@TABLE@@", html.escape(table(metrics)))
-    page = page.replace("@@PICTURES@@", images).replace("@@LEFT_OUT@@", left_out)
-    page = page.replace("@@DATA@@", data.replace("<", "\\u003c"))  # no tag inside
-    with vpd.replacing(run.folder / "report.html") as file:
-        file.write(page.encode())
-    lines = [f"clearness {part['clearness']:.2f}  {described(run, part)}" for part in parts if part["place"] < 2]
+    page = PAGE.replace("@@TABLE@@", html.escape(table(metrics))).replace("@@PICTURES@@", images)
+    write(run.folder / "report.html", page.replace("@@LEFT_OUT@@", left_out).replace("@@DATA@@", data))
+    first = {part["name"] for path in g for part in [x for x in parts if x["matrix"] == path][:2]}  # two of each matrix
+    lines = [f"clearness {part['clearness']:.2f}  {described(run, part)}" for part in parts if part["name"] in first]
     lines = [*lines[:20], "groups: {found}, {span} of them over several layers; to say what is active at a token takes "
              "{bits_before:.0f} bits by subcomponent, {bits_after:.0f} by group".format(**groups)]  # fmt: skip
     return "\n".join([*lines, f"the page is {run.folder / 'report.html'}", left_out]).rstrip()
-
-def rounded(x):
-    """The same, with every float to three digits: a page of a thousand parts is half as large."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [rounded(value) for value in x]
-    return float(f"{x:.3g}") if isinstance(x, float) else x
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>The parts of a language model</title><style>
@@ -962,7 +924,7 @@ commonest tokens where they are active.</p><table class="list" id="grouped"></ta
 </section><script type="application/json" id="data">@@DATA@@</script><script>
 const get = id => document.getElementById(id), data = JSON.parse(get('data').textContent), words = data.vocabulary
 const visible = text => text.replace(/\n/g, '\u23ce').replace(/\t/g, '\u2192') // one line each
-const named = new Map(data.parts.map(p => [p.name = p.matrix + ':' + p.c, p]))
+const named = new Map(data.parts.map(p => [p.name, p]))
 function add(parent, tag, text = '', style = '', click = null) {
   const e = document.createElement(tag); e.textContent = text; e.className = style; parent.append(e)
   if (click) Object.assign(e, { onclick: click, tabIndex: 0, onkeydown: k => k.key == 'Enter' && click(k) })
@@ -1111,8 +1073,7 @@ def strongest_paths(run: Run, graph: dict, ids: Tensor) -> list[str]:
 
 def draw_circuit(run: Run, graph: dict, ids: Tensor, outcome: str, file: Path) -> None:
     """The largest attributions into every node. Positions across, layers up; colour of a node: its matrix."""
-    nodes, T, cells, at = graph["nodes"], ids.shape[1], collections.defaultdict(list), {}
-    rows = [[*EMBEDDINGS]]
+    nodes, T, rows, cells, at = graph["nodes"], ids.shape[1], [[*EMBEDDINGS]], collections.defaultdict(list), {}
     for i in range(run.model.shape.layers):
         rows += [[f"h.{i}.attn.{m}" for m in "qkv"], [f"h.{i}.attn.o"], [f"h.{i}.mlp.up"], [f"h.{i}.mlp.down"]]
     height = {path: y for y, paths in enumerate([*rows, ["outcome"]]) for path in paths}
@@ -1131,9 +1092,8 @@ def draw_circuit(run: Run, graph: dict, ids: Tensor, outcome: str, file: Path) -
         colour = "black" if path == "outcome" else matplotlib.colormaps["tab20"](list(height).index(path) % 20)
         axis.scatter(*point, s=45, color=colour, edgecolors="white", linewidths=0.5, zorder=2)
     labels = [", ".join(row).replace(", " + row[0][:-1], ", ") for row in rows]  # "h.0.attn.q, k, v" and so on
-    labels.append(f"outcome: {outcome}")
     axis.set_xticks(range(T), [shown(run, i) for i in ids[0].tolist()], parse_math=False)  # a dollar is a dollar
-    axis.set_yticks(range(len(labels)), labels, parse_math=False)
+    axis.set_yticks(range(len(rows) + 1), [*labels, f"outcome: {outcome}"], parse_math=False)
     title = "largest attributions into each part that is left\n(blue raises, orange lowers)"
     axis.set(xlabel="position", title=title, xlim=(-0.6, T - 0.4))
     figure.savefig(file, dpi=110)
@@ -1142,43 +1102,38 @@ def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
     """The attribution graph of one prediction, and what three ways of pruning leave of it, as a dict for JSON.
     Of token_text, or what the target predicts. "prunings": the nodes and the cross-entropy of the token in nats, with
     the importances as masks ("ce"), with those above 0 at 1 ("ce_rounded"), under a fresh adversary ("attacked")."""
-    model, decomposition, ids = run.model, run.decomposition, encoded(run, prompt)
-    target, g = vpd.predict_importances(model, decomposition, ids)
+    model, found, ids = run.model, run.decomposition, encoded(run, prompt)
+    target, g = vpd.predict_importances(model, found, ids)
     token = one_token(run, token_text) if token_text else int(target[0, -1].argmax())
     loss = lambda output: F.cross_entropy(output[:, -1].float(), torch.tensor([token], device=ids.device))
     active = vpd.side_by_side(g) > 0
     def judged(importances):
-        rounded, ce = {path: (x > 0).float() for path, x in importances.items()}, []
-        for masks in (importances, rounded):
-            with torch.no_grad(), vpd.precision(run.device, run.decomposition.bf16):
-                ce.append(loss(vpd.masked_forward(model, decomposition.U, decomposition.V, masks, ids)).item())
+        rounded = {path: (x > 0).float() for path, x in importances.items()}
+        with torch.no_grad(), vpd.precision(run.device, found.bf16):
+            ce = [loss(vpd.masked_forward(model, found.U, found.V, x, ids)).item() for x in (importances, rounded)]
         case = lambda: [(ids, target, importances)]  # it moves what was active before pruning; all else stays random
-        attacked = vpd.fresh_adversary(
-            model, decomposition, case, lambda _, output: loss(output), ids.shape, active)
+        attacked = vpd.fresh_adversary(model, found, case, lambda _, output: loss(output), ids.shape, active)
         nodes = sum(int((x > 0).sum()) for x in importances.values())
         return {"nodes": nodes, "ce": ce[0], "ce_rounded": ce[1], "attacked": attacked}
     def graph(importances):  # of the token's logit above the mean logit, which the softmax does not see
         outcome = lambda logits: logits[0, -1, token] - logits[0, -1].mean()
-        return vpd.attribution_graph(model, decomposition, importances, ids, outcome, EMBEDDINGS, share=0.005)
+        return vpd.attribution_graph(model, found, importances, ids, outcome, EMBEDDINGS, share=0.005)
     prunings = {"not pruned": judged(g)}
     for name, (stochastic, adversarial) in PRUNINGS.items():
-        pruned = vpd.prune(model, decomposition, g, ids, loss, PRICE, stochastic, adversarial)
-        prunings[name] = judged(pruned)
+        prunings[name] = judged(pruned := vpd.prune(model, found, g, ids, loss, PRICE, stochastic, adversarial))
     result = {"prompt": prompt, "token": token, "ids": ids[0].tolist(), "target_ce": loss(target).item()}
     return result | {"prunings": prunings, "graph": graph(g), "pruned_graph": graph(pruned)}
 
 def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
     """For every prompt circuit.json and circuit.png (numbered from the second on), of `circuit` and its pruned graph.
     Returns the strongest paths of each, and a table of the prunings, as means over the prompts."""
-    for prompt in prompts:  # refuse what cannot serve before anything is computed
-        encoded(run, prompt)
     lines, results = [], []
-    for prompt in vpd.with_progress(prompts, "circuits"):
+    every_ids = [encoded(run, prompt) for prompt in prompts]  # refuses what cannot serve before anything is computed
+    for prompt, ids in vpd.with_progress(zip(prompts, every_ids), "circuits"):
         results.append(result := circuit(run, prompt, token_text))
         file = run.folder / ("circuit" if len(results) == 1 else f"circuit_{len(results)}")
-        with vpd.replacing(file.with_suffix(".json")) as out:
-            out.write(json.dumps(result).encode())
-        ids, token = torch.tensor([result["ids"]]), shown(run, result["token"])
+        write(file.with_suffix(".json"), json.dumps(result))
+        token = shown(run, result["token"])
         draw_circuit(run, result["pruned_graph"], ids, token, file.with_suffix(".png"))
         lines.append(f"{prompt!r} then {token}, cross-entropy of the target {result['target_ce']:.3f}; after pruning:")
         lines += strongest_paths(run, result["pruned_graph"], ids)
@@ -1196,12 +1151,11 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
 def editable_part(run: Run, name: str) -> tuple[str, int]:
     """MATRIX:NUMBER as (path, c). Raises BadInput, naming the nearest, if it is dead or its matrix not of TO_STREAM."""
     editable = {path: mask for path, mask in alive(run).items() if path.endswith(TO_STREAM)}
-    names = [f"{path}:{c}" for path, mask in editable.items() for c in mask.nonzero()[:, 0].tolist()]
+    parts = {f"{path}:{c}": (path, c) for path, mask in editable.items() for c in mask.nonzero()[:, 0].tolist()}
     why = f"is no alive subcomponent of a matrix that writes to the residual stream ({', '.join(TO_STREAM)})"
-    nearest = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.0))
-    vpd.refuse(name not in names, f"{name!r} {why}; the nearest: {nearest}")
-    path, c = name.split(":")
-    return path, int(c)
+    nearest = ", ".join(difflib.get_close_matches(name, parts, n=3, cutoff=0.0))
+    vpd.refuse(name not in parts, f"{name!r} {why}; the nearest: {nearest}")
+    return parts[name]
 
 @contextlib.contextmanager
 def edited(run: Run, path: str, c: int, token: int, strength: float):
@@ -1235,10 +1189,8 @@ def effect(run: Run, path: str, c: int, token: int, strength: float, batches: li
     return {name: x.mean().item() if len(x) else 0.0 for name, x in means.items()}
 
 def edit(run: Run, name: str, token_text: str | None, alpha: float) -> str:
-    """Make a subcomponent write another token, for several alphas, beside a random one that fires; or `proposals`.
-    Writes edit.json; returns a table and five continuations. Raises BadInput if c cannot be edited or is silent."""
-    if not name:
-        return proposals(run)
+    """Make a subcomponent write another token, for several alphas, beside a random one that fires. Writes edit.json.
+    Returns a table and five continuations. Raises BadInput if the subcomponent cannot be edited or is silent."""
     vpd.refuse(not token_text, "--edit needs --to TOKEN, the token that the subcomponent shall write")
     (path, c), token = editable_part(run, name), one_token(run, token_text)
     ids, g, a = observe(run)
@@ -1251,8 +1203,7 @@ def edit(run: Run, name: str, token_text: str | None, alpha: float) -> str:
     for i, x in vpd.with_progress([(i, x) for i in signs for x in sorted({0.5, 1.0, 2.0, 3.0, 5.0, alpha})], "edits"):
         where, batches = fires[i].split(run.preset.batch), ids.split(run.preset.batch)
         results[f"{path}:{i}"].append({"alpha": x, **effect(run, path, i, token, signs[i] * x, batches, where)})
-    with vpd.replacing(run.folder / "edit.json") as file:
-        file.write(json.dumps({"part": name, "token": token_text, "effects": results}, indent=1).encode())
+    write(run.folder / "edit.json", json.dumps({"part": name, "token": token_text, "effects": results}, indent=1))
     lines = [f"{name} -> {token_text!r}: it fires at {int(fires[c].sum())} of {ids.numel()} positions"]
     row = "  {alpha:5.1f} {before:20.5f} {after:8.5f} {kl_near:22.5f} {kl_elsewhere:14.6f}"
     for part, effects in results.items():
@@ -1262,19 +1213,11 @@ def edit(run: Run, name: str, token_text: str | None, alpha: float) -> str:
     order = torch.randperm(int(fires[c].sum()), generator=torch.Generator().manual_seed(1))
     for n, t in fires[c].nonzero()[order[:5].to(ids.device)].tolist():
         prompt = ids[n : n + 1, : t + 1]
-        before = continuation(run, prompt, 15)
+        start, before = run.tokenizer.decode(prompt[0, -25:].tolist()), continuation(run, prompt, 15)
         with edited(run, path, c, token, signs[c] * alpha):
             after = continuation(run, prompt, 15)
-        start = run.tokenizer.decode(prompt[0, -25:].tolist())
         lines.append(f"--- {start!r}\n    before: {before!r}\n    after:  {after!r}")
     return "\n".join(lines)
-
-def proposals(run: Run) -> str:
-    """Five subcomponents that look most editable: far more active where they fire than elsewhere, and clear."""
-    parts = [part for part in describe_all(run, *observe(run)) if part["moves"] and part["fires"] >= 20]
-    parts = sorted(parts, key=lambda part: -part["contrast"] * max(0, part["clearness"]))[:5]
-    lines = [f"contrast {part['contrast']:4.1f}  {described(run, part)}" for part in parts]
-    return "\n".join(["clear, and more active where they fire than elsewhere (the contrast):", *lines])
 
 # ---- Reading: do two decompositions agree? --------------------------------------------------------------------------
 
@@ -1297,43 +1240,37 @@ def weighted_means(values: dict, weights: dict[str, Tensor]) -> dict:
     return {path: {part: (x * share[path]).sum().item() for part, x in of.items()} for path, of in values.items()}
 
 def compare(run: Run, folder: Path) -> str:
-    """How similar a run's alive subcomponents are to those of another run on the same target.
-
-    The mean largest cosine of U, V and product ([VPD] section 6, see `vpd.similarity`): "trained"; "weighted" by mean
-    importance, because the rarely used are the least determined; "untrained", of all before training. "function": the
-    correlation, over the evaluation set, of the importances of a subcomponent and of its match (by the product).
-    Writes compare.json, {"trained": {matrix: {"U", "V", "product", "function"}}, ...}, and returns it as a table.
-    Raises BadInput if the targets differ."""
-    other = open_run(chosen_settings({}, folder, False, True), folder, run.device)
+    """How similar a run's alive subcomponents are to those of another run on the same target: the mean largest cosine
+    of U, V and product ([VPD] section 6, see `vpd.similarity`), "trained"; "weighted" by mean importance, because the
+    rarely used are the least determined; "untrained", of all before training. "function": the correlation, over the
+    evaluation set, of the importances of a subcomponent and of its match (by product). Raises BadInput if the targets
+    differ. Returns a table; writes compare.json: {"trained": {matrix: {"U", "V", "product", "function"}}, ...}."""
+    other = load(folder, run.device)
     mine, its = run.model.state_dict(), other.model.state_dict()
     equal = mine.keys() == its.keys() and all(x.equal(its[name]) for name, x in mine.items())
     vpd.refuse(not equal, f"{folder} decomposes another target: make a run on this one's with --init-from {run.folder}")
     its_text = replace(other, ids=run.ids, preset=run.preset)  # on the same text
     both, kept, g = (run, other), (alive(run), alive(other)), (observe(run)[1], observe(its_text)[1])
-    trained = vpd.similarity(*(
-        vpd.Decomposition({path: u[mask[path]] for path, u in x.decomposition.U.items()},
-                          {path: v[:, mask[path]] for path, v in x.decomposition.V.items()}, x.decomposition.G)
-        for x, mask in zip(both, kept)))  # fmt: skip
-    before = vpd.similarity(*map(untrained, both))
-    matches = {}
+    alive_only = [vpd.Decomposition({path: u[mask[path]] for path, u in x.decomposition.U.items()},
+                                    {path: v[:, mask[path]] for path, v in x.decomposition.V.items()},
+                                    x.decomposition.G) for x, mask in zip(both, kept)]  # fmt: skip
+    trained, before, matches = vpd.similarity(*alive_only), vpd.similarity(*map(untrained, both)), {}
     for path, of in trained.items():
         mine, its = (x[path].flatten(0, 1)[:, mask[path]].float() for x, mask in zip(g, kept))
-        match = of.pop("match")
+        match, _ = of.pop("match"), before[path].pop("match")
         of["function"] = correlations(mine, F.pad(its, (0, 1))[:, match])
-        before[path].pop("match")
         numbers = [mask[path].nonzero()[:, 0].tolist() for mask in kept]
         found = zip(numbers[0], match.tolist(), of["product"].tolist())
         matches |= {f"{path}:{c}": (f"{path}:{numbers[1][i]}", x) for c, i, x in found if x > 0}
-    equally = [{path: torch.ones_like(of["U"]) for path, of in x.items()} for x in (before, trained)]
+    equally = lambda values: {path: torch.ones_like(of["U"]) for path, of in values.items()}
     by_use = {path: x[kept[0][path]] for path, x in mean_importances(run).items()}
-    stages = {"untrained": (before, equally[0]), "trained": (trained, equally[1]), "weighted": (trained, by_use)}
-    means = {stage: weighted_means(*of) for stage, of in stages.items()}
+    means = {"untrained": weighted_means(before, equally(before)), "trained": weighted_means(trained, equally(trained)),
+             "weighted": weighted_means(trained, by_use)}  # fmt: skip
     lines = ["mean largest cosine   before training: U, V, product    trained: U, V, product, function    weighted"]
     for path in means["trained"]:
         row = ["  ".join(f"{x:.2f}" for x in of[path].values()) for of in means.values()]
         lines.append("{:20s} {:>30s} {:>35s} {:>26s}".format(path, *row))
-    with vpd.replacing(run.folder / "compare.json") as file:
-        file.write(json.dumps({"other": str(folder), **means, "matches": matches}, indent=1).encode())
+    write(run.folder / "compare.json", json.dumps({"other": str(folder), **means, "matches": matches}, indent=1))
     return "\n".join(lines)
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -1342,8 +1279,7 @@ READINGS = {  # of a finished run, by the option that asks for it; each returns 
     "report": lambda run, options: report(run, options.report),
     "circuit": lambda run, options: circuits(run, options.circuit, options.token),
     "edit": lambda run, options: edit(run, options.edit, options.to, options.alpha),
-    "compare": lambda run, options: compare(run, options.compare),
-}
+    "compare": lambda run, options: compare(run, options.compare)}
 
 def chosen_settings(given: dict, folder: Path, resume: bool, reading: bool) -> dict:
     """The settings of the run in the folder, or of a new one. given: those on the command line. Raises BadInput if the
@@ -1392,7 +1328,7 @@ def main() -> None:
     add("--report", nargs="*", metavar="PROMPT", help="write report.html, a page of all subcomponents and prompts")
     add("--circuit", nargs="+", metavar="PROMPT", help="what makes the prediction after each prompt, and its prunings")
     add("--token", help="with --circuit: the token to explain (default: what the target predicts)")
-    add("--edit", nargs="?", const="", metavar="MATRIX:NUMBER", help="write another token (no name: propose five)")
+    add("--edit", metavar="MATRIX:NUMBER", help="let this subcomponent write another token (--to)")
     add("--to", metavar="TOKEN", help="with --edit: the token")
     add("--alpha", type=float, default=3.0, help="with --edit: how strongly, in lengths of the original (default: 3)")
     add("--compare", type=Path, metavar="FOLDER", help="do the subcomponents agree with those of this run's folder?")

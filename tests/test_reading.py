@@ -372,19 +372,18 @@ def test_the_attention_claim_has_the_spread_and_the_pairs_of_every_head(run, tmp
     assert len(figure.axes) == 10
 
 
-def test_an_edit_by_command_is_measured_and_its_proposals_are_parts_that_can_be_edited(run, command, monkeypatch):
-    lines = command("--out", run.folder, "--edit").splitlines()
-    proposed = [line.split()[2] for line in lines if line.startswith("contrast")]
-    assert proposed and all(name.split(":")[0].endswith(("attn.o", "mlp.down")) for name in proposed)
-    before = run.model.state_dict()["h.1.mlp.down.weight"].clone()
-    text = command("--out", run.folder, "--edit", proposed[0], "--to", "def", "--alpha", "2.5")
+def test_an_edit_by_command_is_measured_beside_a_control_of_the_same_matrix(run, command):
+    path = "h.1.mlp.down"
+    parts = [part["name"] for part in gpt.describe_all(run, *gpt.observe(run)) if part["matrix"] == path]
+    before = run.model.state_dict()[path + ".weight"].clone()
+    text = command("--out", run.folder, "--edit", parts[0], "--to", "def", "--alpha", "2.5")
     written = json.loads((run.folder / "edit.json").read_text())
-    assert [x["alpha"] for x in written["effects"][proposed[0]]] == [0.5, 1, 2, 2.5, 3, 5]
-    control = [name for name in written["effects"] if name != proposed[0]]
-    assert len(control) == 1 and control[0].split(":")[0] == proposed[0].split(":")[0]
+    assert [x["alpha"] for x in written["effects"][parts[0]]] == [0.5, 1, 2, 2.5, 3, 5]
+    (control,) = (name for name in written["effects"] if name != parts[0])
+    assert control in parts
     assert all(f"{x['after']:8.5f}" in text for effects in written["effects"].values() for x in effects)
     assert 1 <= text.count("    before: ") == text.count("    after: ") <= 5
-    assert run.model.state_dict()["h.1.mlp.down.weight"].equal(before)
+    assert run.model.state_dict()[path + ".weight"].equal(before)
 
 
 def test_an_edit_writes_the_tokens_direction_and_is_taken_back_even_after_an_error(run):
@@ -572,7 +571,7 @@ def test_a_damaged_target_is_refused_in_one_line(run, tmp_path, command):
         (["--circuit", "def", "--token", "def first("], "is not one token but"),
         (["--report", "--device", "warp"], "there is no device 'warp'"),
         (["--report", "--seed", "5"], "made with another --seed"),
-        (["--report", "--edit"], "ask for one of them at a time"),
+        (["--report", "--compare", "x"], "ask for one of them at a time"),
         (["--edit", "h.1.mlp.dow:1", "--to", "x"], "the nearest: h.1.mlp.down"),
         (["--edit", "h.1.mlp.up:1", "--to", "x"], "writes to the residual stream"),
         (["--edit", "h.1.mlp.down:77", "--to", "x"], "is no alive subcomponent"),
