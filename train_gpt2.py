@@ -5,7 +5,7 @@
     python train_gpt2.py --data corpus.bin                  # uint16 token ids (nanoGPT's format), memory-mapped
     python train_gpt2.py --out runs/mine --resume           # go on where a killed run stopped
     python train_gpt2.py --init-from runs/laptop --C 2 --out runs/C-2           # decompose the same target differently
-    python train_gpt2.py --init-from pytorch_model.bin --data corpus.bin        # decompose a GPT-2 of Hugging Face
+    python train_gpt2.py --init-from gpt2 --data my.txt     # decompose a GPT-2 from its folder, as downloaded
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset paper --data pile.bin
 
     python train_gpt2.py --out runs/laptop --report         # read a finished run: the page of all subcomponents
@@ -48,7 +48,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import vpd
-from vpd import BadInput
 
 # ---- The model: GPT-2 -----------------------------------------------------------------------------------------------
 
@@ -213,7 +212,7 @@ def gpt2_tokenizer(folder: Path) -> Tokenizer:
         in_order = [numbers[name] for name in wanted] == list(range(len(wanted)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{folder} lacks vocab.json or merges.txt of a GPT-2 ({reason}): give --data FILE.bin") from None
+        raise vpd.BadInput(f"{folder} lacks vocab.json or merges.txt of a GPT-2 ({reason}): give a .bin") from None
     vpd.refuse(not in_order, f"{folder}/vocab.json does not number tokens as GPT-2 does: give --data FILE.bin")
     return Tokenizer(merges, gpt2=True)
 
@@ -243,7 +242,7 @@ def read_text(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} cannot be read ({error}): give a UTF-8 text or a .bin of token ids") from None
+        raise vpd.BadInput(f"{file} cannot be read ({error}): give a UTF-8 text or a .bin of token ids") from None
     vpd.refuse(not text, f"{file} is empty: give a UTF-8 text")
     return text
 
@@ -328,7 +327,7 @@ def load_saved(file: Path, device: str) -> dict:
     try:
         return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
-        raise BadInput(f"{file} is damaged ({type(error).__name__}): delete it, and go on with --resume") from error
+        raise vpd.BadInput(f"{file} is damaged ({type(error).__name__}): delete it, and go on with --resume") from error
 
 def write(file: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
@@ -417,7 +416,7 @@ def load_gpt2(source: Path) -> GPT:
         given = {name.removeprefix("transformer."): x.float() for name, x in given.items() if not name.endswith(MASKS)}
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        raise BadInput(f"{file} is no checkpoint that can be read ({reason}): give a GPT-2") from error
+        raise vpd.BadInput(f"{file} is no checkpoint that can be read ({reason}): give a GPT-2") from error
     vpd.refuse(not {"wte.weight", "wpe.weight"} <= given.keys(), f"{file} lacks wte.weight or wpe.weight: give a GPT-2")
     (vocabulary, width), context = given["wte.weight"].shape, len(given["wpe.weight"])
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
@@ -565,7 +564,7 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         try:
             decomposition = vpd.load_decomposition(out, config, device)
         except RuntimeError:  # G has other parts
-            raise BadInput(f"{folder} was made by other code or another preset: make the run anew") from None
+            raise vpd.BadInput(f"{folder} was made by other code or another preset: make the run anew") from None
     else:
         look = functools.partial(glance, model, validation_batches(ids, preset, device)[:4])
         seconds = CHECKPOINT_SECONDS * (5 if sum(C.values()) > 10_000 else 1)
@@ -642,7 +641,6 @@ def evaluate(run: Run) -> dict:
         metrics["compute_recovered"] = {masking: compute_recovered(curve, ce + x) for masking, x in above.items()}
     metrics |= {"kl": figures.pop("divergence")} | figures
     vpd.draw_run(metrics, log := folder / "decomposition" / "log.jsonl", folder / "training.png")
-    draw_masking(metrics, folder / "masking.png")
     if run.tokenizer:
         prompt = batches[0][:1, : run.preset.shape.context // 2]
         lines = [f"--- the prompt\n{run.tokenizer.decode(prompt[0].tolist())}"]
@@ -656,17 +654,6 @@ def evaluate(run: Run) -> dict:
     metrics |= {"seconds": spent, "speed": {"seconds_per_step": step, "tokens_per_second": tokens / step}}
     write(folder / "metrics.json", json.dumps(metrics, indent=1))  # last: it says that the run is finished
     return metrics
-
-def draw_masking(metrics: dict, file: Path) -> None:
-    """KL from the target by masking, and under the fresh adversary by its number of steps."""
-    left, right = (figure := Figure(figsize=(9, 3.4), layout="constrained")).subplots(1, 2)
-    kl, attack = {label(masking): x for masking, x in metrics["kl"].items()}, metrics["adversary"]
-    ablated = kl.pop("ablated")  # so much larger that the others would not be seen beside it
-    left.barh(list(kl)[::-1], list(kl.values())[::-1])
-    left.set(xlabel="KL from the target (nats per position)", title=f"by masking (all ablated: {ablated:.2g})")
-    right.plot([int(steps) for steps in attack], list(attack.values()), marker="o")
-    right.set(xlabel="steps of the fresh adversary", ylabel="KL (nats per position)", title="under attack", ylim=0)
-    figure.savefig(file, dpi=110)
 
 def table(metrics: dict) -> str:
     """The metrics of a run as text for the terminal."""
@@ -783,12 +770,6 @@ def shown(run: Run, token: int) -> str:
     """A token as people can see it; without a tokenizer its number."""
     return repr(run.tokenizer.decode([token])) if run.tokenizer else str(token)
 
-def described(run: Run, part: dict) -> str:
-    """A subcomponent in a line: where it fires, and which tokens it raises."""
-    tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
-    moves = "; raises " + " ".join(shown(run, token) for token in part["moves"][:4]) if part["moves"] else ""
-    return f"{part['name']:18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{moves}"
-
 def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
     """Groups of alive subcomponents, of more than 1,500 those of the largest mean importance, that are active together
     (`vpd.cluster`, g > 0.01), on ids (N, T), g {path: (N, T, C)}. Writes groups.json: "found"; "span": how many have
@@ -881,12 +862,16 @@ def report(run: Run, prompts: list[str]) -> str:
     data = {"vocabulary": words, "matrices": matrices, "parts": parts, "prompts": answers, "groups": groups["groups"]}
     data = json.loads(json.dumps(data), parse_float=lambda x: float(f"{float(x):.3g}"))  # three digits: half as large
     data = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")  # no tag inside
-    pictures = [base64.b64encode((run.folder / name).read_bytes()) for name in ("masking.png", "training.png")]
-    images = "".join(f'<img src="data:image/png;base64,{picture.decode()}" alt="">' for picture in pictures)
-    page = PAGE.replace("@@TABLE@@", html.escape(table(metrics))).replace("@@PICTURES@@", images)
+    picture = base64.b64encode((run.folder / "training.png").read_bytes()).decode()
+    page = PAGE.replace("@@TABLE@@", html.escape(table(metrics))).replace("@@PICTURE@@", picture)
     write(run.folder / "report.html", page.replace("@@LEFT_OUT@@", left_out).replace("@@DATA@@", data))
     first = {part["name"] for path in g for part in [x for x in parts if x["matrix"] == path][:2]}  # two of each matrix
-    lines = [f"clearness {part['clearness']:.2f}  {described(run, part)}" for part in parts if part["name"] in first]
+    lines = []
+    for part in (part for part in parts if part["name"] in first):
+        tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
+        raises = "; raises " + " ".join(shown(run, token) for token in part["moves"][:4]) if part["moves"] else ""
+        where = f"{part['name']:18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{raises}"
+        lines.append(f"clearness {part['clearness']:.2f}  {where}")
     lines = [*lines[:20], "groups: {found}, {span} of them over several layers; to say what is active at a token takes "
              "{bits_before:.0f} bits by subcomponent, {bits_after:.0f} by group".format(**groups)]  # fmt: skip
     return "\n".join([*lines, f"the page is {run.folder / 'report.html'}", left_out]).rstrip()
@@ -909,7 +894,7 @@ code { background: var(--soft); margin-right: 4px } .cell, #body td:nth-child(2)
 <p>Every weight matrix of this model was written as a sum of <em>parts</em>, each of which reads one direction and
 writes one. A part <em>fires</em> at a token where it is needed for the output: its causal importance exceeds 0.1. All
 others can be taken away there, in any combination, and the prediction hardly changes.</p>
-<details><summary>How good is the decomposition?</summary><pre>@@TABLE@@</pre>@@PICTURES@@</details>
+<details><summary>How good is it?</summary><pre>@@TABLE@@</pre><img src="data:image/png;base64,@@PICTURE@@"></details>
 <p><button data-tab="parts">Parts</button> <button data-tab="groups">Groups</button>
 <button data-tab="prompts">Prompts</button></p>
 <section id="parts"><p>Click a matrix to see its parts: alive of all, and how many are needed at a token.</p>
@@ -1315,7 +1300,7 @@ def main() -> None:
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="default: laptop; gpu and paper are for GPUs")
     add("--data", help="a UTF-8 text, or FILE.bin of uint16 token ids (default: Python's standard library)")
-    add("--init-from", metavar="FILE", help="decompose this GPT-2 (pytorch_model.bin), or the target of a run's folder")
+    add("--init-from", metavar="FOLDER", help="decompose the target in a run's folder, or a GPT-2 (folder or file)")
     add("--steps", type=int, help="of the decomposition (default: the preset's)")
     add("--batch", type=int, help="windows in a step, of all processes together (default: the preset's)")
     add("--accumulate", type=int, metavar="N", help="N micro-batches in a step, for less memory (default: 1)")
@@ -1334,7 +1319,7 @@ def main() -> None:
     add("--compare", type=Path, metavar="FOLDER", help="do the subcomponents agree with those of this run's folder?")
     try:
         command(parser.parse_args())
-    except BadInput as error:
+    except vpd.BadInput as error:
         sys.exit(f"error: {error}")
 
 def choose_precision(device: str) -> None:
@@ -1360,7 +1345,7 @@ def command(options: argparse.Namespace) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
-        raise BadInput(f"there is no device {device!r} here: give --device cpu, or leave it out") from None
+        raise vpd.BadInput(f"there is no device {device!r} here: give --device cpu, or leave it out") from None
     with vpd.rank_0_first():
         settings = chosen_settings(given, folder, options.resume, bool(asked))
     run = open_run(settings, folder, device)
