@@ -13,9 +13,8 @@
     python train_gpt2.py --out runs/laptop --edit h.1.mlp.down:37 --to None [--alpha 3]
     python train_gpt2.py --out runs/laptop --compare runs/C-2                   # do the two decompositions agree?
 
-A run leaves a target model (target.pt), its decomposition (decomposition/), and metrics.json with pictures.
-In this order: model, tokenizer, data, target, run, evaluation, reading, command line. What you change for a model of
-your own (model, data, presets) stands in the first 350 lines. [VPD] is "Interpreting Language Model Parameters" (2026).
+A run leaves a target model (target.pt), its decomposition (decomposition/), and metrics.json with pictures. For a model
+of your own, change what stands in the first 350 lines. [VPD] is "Interpreting Language Model Parameters" (2026).
 B = batch, T = positions of a window, N = windows of the evaluation set, C = subcomponents of a matrix."""
 
 from __future__ import annotations
@@ -422,8 +421,7 @@ def load_gpt2(source: Path) -> GPT:
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.refuse(not tied, f"{file}: lm_head.weight is not wte.weight; give a GPT-2 whose unembedding is its embedding")
     heads, epsilon = config.get("n_head", width // 64), config.get("layer_norm_epsilon", 1e-5)
-    uneven = not heads or width % heads
-    vpd.refuse(uneven, f"{file} is of width {width}, which {heads} heads do not divide: give its folder")
+    vpd.refuse(not heads or width % heads, f"{file}: {heads} heads do not divide the width {width}: give its folder")
     usual = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
              "scale_attn_by_inverse_layer_idx": (False,)}  # fmt: skip
     unusual = [f"{name} {config[name]}" for name, known in usual.items() if config.get(name, known[0]) not in known]
@@ -542,8 +540,7 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         preset = replace(preset, shape=shape, config=config)
         numbers = [(matrix, max(1, round(number * settings["C"]))) for matrix, number in preset.C.items()]
         C = {f"h.{i}.{matrix}": number for i in range(shape.layers) for matrix, number in numbers}
-        finished = (folder / "metrics.json").exists()
-        if not finished:
+        if not (finished := (folder / "metrics.json").exists()):
             check_memory(model, C, preset, device)
         ids, tokenizer = corpus(data, preset, places)
         folder.mkdir(parents=True, exist_ok=True)
@@ -634,9 +631,8 @@ def evaluate(run: Run) -> dict:
     if run.tokenizer:
         ids = torch.cat([batch.flatten() for batch in batches]).tolist()
         bits_per_byte = ce / math.log(2) * len(ids) / sum(len(run.tokenizer.bytes[i]) for i in ids)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    target = {"ce": ce, "bits_per_byte": bits_per_byte, "parameters": parameters, "curve": curve}
-    metrics = run.settings | {"target": target, "ce_above_target": above}
+    target = {"ce": ce, "bits_per_byte": bits_per_byte, "parameters": sum(x.numel() for x in run.model.parameters())}
+    metrics = run.settings | {"target": target | {"curve": curve}, "ce_above_target": above}
     if curve:
         metrics["compute_recovered"] = {masking: compute_recovered(curve, ce + x) for masking, x in above.items()}
     metrics |= {"kl": figures.pop("divergence")} | figures
@@ -823,8 +819,7 @@ def asked(run: Run, prompt: str) -> dict:
             active[t].append((f"{path}:{c}", x[0, t, c].item()))
     result = {"ids": ids[0].tolist(), "active": [sorted(parts, key=lambda part: -part[1]) for parts in active]}
     newest_last = sorted(run.folder.glob("circuit*.json"), key=lambda file: file.stat().st_mtime)
-    circuits_made = (json.loads(file.read_text()) for file in newest_last)
-    for made in (made for made in circuits_made if made["prompt"] == prompt):
+    for made in (made for file in newest_last if (made := json.loads(file.read_text()))["prompt"] == prompt):
         graph = made["pruned_graph"]
         nodes = [(node["position"], f"{node['matrix']}:{node['subcomponent']}") for node in graph["nodes"]]
         rows = [(*nodes[n], [(nodes[edge["source"]][1], edge["attribution"]) for edge in edges[:3]])
@@ -865,15 +860,14 @@ def report(run: Run, prompts: list[str]) -> str:
     picture = base64.b64encode((run.folder / "training.png").read_bytes()).decode()
     page = PAGE.replace("@@TABLE@@", html.escape(table(metrics))).replace("@@PICTURE@@", picture)
     write(run.folder / "report.html", page.replace("@@LEFT_OUT@@", left_out).replace("@@DATA@@", data))
-    first = {part["name"] for path in g for part in [x for x in parts if x["matrix"] == path][:2]}  # two of each matrix
-    lines = []
-    for part in (part for part in parts if part["name"] in first):
+    lines, first = [], {part["name"] for path in g for part in [x for x in parts if x["matrix"] == path][:2]}
+    for part in [part for part in parts if part["name"] in first][:20]:
         tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
         raises = "; raises " + " ".join(shown(run, token) for token in part["moves"][:4]) if part["moves"] else ""
         where = f"{part['name']:18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{raises}"
         lines.append(f"clearness {part['clearness']:.2f}  {where}")
-    lines = [*lines[:20], "groups: {found}, {span} of them over several layers; to say what is active at a token takes "
-             "{bits_before:.0f} bits by subcomponent, {bits_after:.0f} by group".format(**groups)]  # fmt: skip
+    lines.append("groups: {found}, {span} of them over several layers; to say what is active at a token takes "
+                 "{bits_before:.0f} bits by subcomponent, {bits_after:.0f} by group".format(**groups))  # fmt: skip
     return "\n".join([*lines, f"the page is {run.folder / 'report.html'}", left_out]).rstrip()
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -1133,15 +1127,6 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
 
 # ---- Reading: an edit by hand ---------------------------------------------------------------------------------------
 
-def editable_part(run: Run, name: str) -> tuple[str, int]:
-    """MATRIX:NUMBER as (path, c). Raises BadInput, naming the nearest, if it is dead or its matrix not of TO_STREAM."""
-    editable = {path: mask for path, mask in alive(run).items() if path.endswith(TO_STREAM)}
-    parts = {f"{path}:{c}": (path, c) for path, mask in editable.items() for c in mask.nonzero()[:, 0].tolist()}
-    why = f"is no alive subcomponent of a matrix that writes to the residual stream ({', '.join(TO_STREAM)})"
-    nearest = ", ".join(difflib.get_close_matches(name, parts, n=3, cutoff=0.0))
-    vpd.refuse(name not in parts, f"{name!r} {why}; the nearest: {nearest}")
-    return parts[name]
-
 @contextlib.contextmanager
 def edited(run: Run, path: str, c: int, token: int, strength: float):
     """Within, subcomponent c writes the direction of `token`, `strength` times as long as U_c, in place of U_c."""
@@ -1177,7 +1162,12 @@ def edit(run: Run, name: str, token_text: str | None, alpha: float) -> str:
     """Make a subcomponent write another token, for several alphas, beside a random one that fires. Writes edit.json.
     Returns a table and five continuations. Raises BadInput if the subcomponent cannot be edited or is silent."""
     vpd.refuse(not token_text, "--edit needs --to TOKEN, the token that the subcomponent shall write")
-    (path, c), token = editable_part(run, name), one_token(run, token_text)
+    parts = {f"{path}:{c}": (path, c) for path, mask in alive(run).items() if path.endswith(TO_STREAM)
+             for c in mask.nonzero()[:, 0].tolist()}  # fmt: skip
+    why = f"is no alive subcomponent of a matrix that writes to the residual stream ({', '.join(TO_STREAM)})"
+    nearest = ", ".join(difflib.get_close_matches(name, parts, n=3, cutoff=0.0))
+    vpd.refuse(name not in parts, f"{name!r} {why}; the nearest: {nearest}")
+    (path, c), token = parts[name], one_token(run, token_text)
     ids, g, a = observe(run)
     fires = firing(g[path])
     vpd.refuse(c not in fires, f"{name} fires nowhere in the evaluation set; of {path} these do: {list(fires)[:8]}")
@@ -1192,8 +1182,8 @@ def edit(run: Run, name: str, token_text: str | None, alpha: float) -> str:
     lines = [f"{name} -> {token_text!r}: it fires at {int(fires[c].sum())} of {ids.numel()} positions"]
     row = "  {alpha:5.1f} {before:20.5f} {after:8.5f} {kl_near:22.5f} {kl_elsewhere:14.6f}"
     for part, effects in results.items():
-        lines += [part if part == name else f"{part} (control, at random)"]
-        lines += ["  alpha   probability before    after    KL within 20 tokens   KL elsewhere"]
+        lines.append(part if part == name else f"{part} (control, at random)")
+        lines.append("  alpha   probability before    after    KL within 20 tokens   KL elsewhere")
         lines += [row.format(**x) for x in effects]
     order = torch.randperm(int(fires[c].sum()), generator=torch.Generator().manual_seed(1))
     for n, t in fires[c].nonzero()[order[:5].to(ids.device)].tolist():

@@ -328,7 +328,7 @@ class Config:
     """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model. The
     names in other comments are toys of toy_models.py; L0 is the mean number of g > 0 at a position.
 
-    On a new model tune in this order: w_importance, lr, adversary_lr, w_frequency, the C given to `decompose`, w_delta.
+    On a new model tune in this order: w_importance, w_delta, lr, adversary_lr, w_frequency, the C given to `decompose`.
     The *price* of a subcomponent that is on is w_importance and w_frequency together."""
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
@@ -344,7 +344,7 @@ class Config:
     w_adversarial: float = 0.5  # [0.5]
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
-    w_delta: float = 0.5  # [1e7] too high: subcomponents do not merge (on tms_5-2, 100 times this left most alive)
+    w_delta: float = 0.5  # [1e7] no higher than keeps Delta small, or parts do not merge: laptop, 1e6: L0 61; 1e4: 47
     price_start: float = 1.0  # [1] a factor on the price that falls geometrically to 1; ours: resid_mlp1 needs 120
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
