@@ -39,11 +39,10 @@ import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import vpd
@@ -305,15 +304,16 @@ PRESETS = {
         config=vpd.Config(steps=400_000, lr=5e-5, muon=0, beta2=0.999, clip_G=math.inf, w_importance=2e-4,
                           w_frequency=1e-4, w_delta=1e7, G_width=2048, G_blocks=8, G_heads=16, G_activations=False,
                           bf16=True, **COMMON))}  # fmt: skip
-EVALUATED = 16_384  # positions of validation text, at least; but one batch for ten steps at most
-CHECKPOINT_SECONDS = 60  # what a kill costs at most; where checkpoints are gigabytes, five times that
+EVALUATED, SOME = 16_384, 2048  # positions of validation text; fewer in short runs: one batch for ten steps
+CHECKPOINT_SECONDS = 60  # what a kill costs at most, but for the warm-up; five times that where checkpoints are large
 
-def validation_batches(ids: np.ndarray, preset: Preset, device: str) -> list[Tensor]:
-    """The evaluation set, (B, T) as large as a micro-batch: the same for the target's curve and the decomposition."""
+def validation_batches(ids: np.ndarray, preset: Preset, device: str, positions: int = 0) -> list[Tensor]:
+    """The evaluation set, or its first positions, for the target's curve and the decomposition alike: (n, T), n no more
+    than 8 and than in a micro-batch, so that it fits where a step does."""
     T, B, generator = preset.shape.context, preset.batch, torch.Generator().manual_seed(12345)
-    number = max(1, min(-(-EVALUATED // (B * T)), preset.config.steps // 10))
-    windows = torch.cat([sample(ids, T, B, True, generator) for _ in range(number)])
-    return list(windows.to(device).split(B // vpd.processes() // preset.config.accumulate))
+    number = max(1, min(-(-(positions or EVALUATED) // (B * T)), preset.config.steps // 10))
+    rows = torch.cat([sample(ids, T, B, True, generator) for _ in range(number)]).to(device)
+    return list(rows.split(math.gcd(8, B // preset.config.accumulate)))
 
 @torch.no_grad()
 def validation_loss(model: GPT, batches: list[Tensor], bf16: bool = False) -> float:
@@ -358,11 +358,12 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
         optimizer.param_groups[0]["lr"] = preset.target_lr * schedule
         generator.manual_seed((seed * 10**9 + step) * vpd.processes() + vpd.rank())  # from the step: nothing to save
         batch = sample(ids, preset.shape.context, preset.batch // vpd.processes(), False, generator).to(device)
-        with vpd.precision(device, bf16):
-            loss = cross_entropy(batch, model(batch))
-        vpd.refuse(not loss.isfinite(), f"the target's loss is not finite at step {step}: lower target_lr")
         optimizer.zero_grad()
-        loss.backward()
+        for part in batch.chunk(preset.config.accumulate):
+            with vpd.precision(device, bf16):
+                loss = cross_entropy(part, model(part)) / preset.config.accumulate
+            vpd.refuse(not loss.isfinite(), f"the target's loss is not finite at step {step}: lower target_lr")
+            loss.backward()
         vpd.global_mean([parameter.grad for parameter in parameters])
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -469,8 +470,8 @@ def sized(preset: Preset, shape: Shape) -> Preset:
     return replace(preset, C=C, config=replace(preset.config, **G))
 
 def peak_memory(model: GPT, C: dict[str, int], positions: int, config: vpd.Config) -> float:
-    """Gigabytes that a training step takes, for C {path: number} and so many positions of a process; ours, fitted to
-    measurements on the CPU. U and V, G and the sources have gradients and moments; all else is of a micro-batch."""
+    """Gigabytes that a step takes, for C {path: number} and so many positions in a process; fitted to measurements on
+    the CPU. U, V and G have gradients and moments, the sources moments; all else is of a micro-batch."""
     sizes = {path: sum(model.get_submodule(path).weight.shape) for path in C}  # d_in + d_out
     K, UV = sum(C.values()) + len(C), sum(n * sizes[path] for path, n in C.items())
     G = config.G_width * (sum(sizes.values()) / 2 + 12 * config.G_width * config.G_blocks + K)
@@ -482,10 +483,10 @@ def check_memory(model: GPT, C: dict[str, int], preset: Preset, device: str) -> 
     """Say what a step takes, and what the device has. Raises BadInput if it does not fit, with a batch that would."""
     B, n, has = preset.batch // vpd.processes(), preset.config.accumulate, math.inf
     with contextlib.suppress(ValueError, AttributeError):  # Windows does not say
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-        has = torch.cuda.mem_get_info(device)[0] / 1e9 if device.startswith("cuda") else has
+        shared = lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / vpd.processes()
+        has = (torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else shared()) / 1e9
     takes = lambda b, n: peak_memory(model, C, b * preset.shape.context, replace(preset.config, accumulate=n))
-    others = [*((B, n) for n in range(1, B + 1) if B % n == 0), *((b, b) for b in range(B - 1, 0, -1))]
+    others = ((b, n) for b in (B >> i for i in range(B.bit_length())) for n in range(1, b + 1) if b % n == 0)
     b, parts = next((other for other in others if takes(*other) < has), (0, 0))
     advice = f"give --batch {b * vpd.processes()} --accumulate {parts}" if b else "give fewer subcomponents with --C"
     line = f"a step takes about {takes(B, n):.1f} GB, and {device} has {has:.1f}"
@@ -560,12 +561,12 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
     if finished:  # whatever the number of processes that made it
         try:
             decomposition = vpd.load_decomposition(out, config, device)
-        except RuntimeError:  # G has other parts
-            raise vpd.BadInput(f"{folder} was made by other code or another preset: make the run anew") from None
+        except Exception:  # G has other parts, or the file is not its own
+            raise vpd.BadInput(f"{out}/checkpoint.pt is damaged or of other code: make the run anew") from None
     else:
-        look = functools.partial(glance, model, validation_batches(ids, preset, device)[:4])
-        seconds = CHECKPOINT_SECONDS * (5 if sum(C.values()) > 10_000 else 1)
-        decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, out, seconds, look)
+        look = functools.partial(glance, model, validation_batches(ids, preset, device, SOME))
+        pause = CHECKPOINT_SECONDS * (5 if peak_memory(model, C, preset.batch // n * shape.context, config) > 2 else 1)
+        decomposition = vpd.decompose(model, C, get_batch, vpd.kl, config, out, pause, look)
     return Run(folder, settings, preset, model, ids, tokenizer, record, decomposition, device)
 
 def glance(model: GPT, batches: list[Tensor], found: vpd.Decomposition) -> dict[str, float]:
@@ -633,7 +634,7 @@ def evaluate(run: Run) -> dict:
         bits_per_byte = ce / math.log(2) * len(ids) / sum(len(run.tokenizer.bytes[i]) for i in ids)
     target = {"ce": ce, "bits_per_byte": bits_per_byte, "parameters": sum(x.numel() for x in run.model.parameters())}
     metrics = run.settings | {"target": target | {"curve": curve}, "ce_above_target": above}
-    if curve:
+    if curve and abs(curve[-1][1] - ce) < 1e-3:  # measured on the same text
         metrics["compute_recovered"] = {masking: compute_recovered(curve, ce + x) for masking, x in above.items()}
     metrics |= {"kl": figures.pop("divergence")} | figures
     vpd.draw_run(metrics, log := folder / "decomposition" / "log.jsonl", folder / "training.png")
@@ -672,7 +673,7 @@ def table(metrics: dict) -> str:
 
 FIRES = 0.1  # a subcomponent fires where its causal importance exceeds this ([VPD] section 8)
 PARTS, EXAMPLES, AROUND = 3000, 8, 10  # subcomponents on the page at most; examples of each; tokens on either side
-FLOWS = 4, 18_000  # batches over which attributions are summed; so many by the number of matrices: parts that get any
+FLOWS = 18_000  # divided by the number of matrices: how many parts, the clearest, get sources and targets
 TO_STREAM = ("attn.o", "mlp.down")  # matrices that write to the residual stream, where tokens have directions
 
 @torch.no_grad()
@@ -689,7 +690,7 @@ def observe(run: Run) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         for path, x in vpd.by_path(importances, U).items():
             g[path].append(x[..., :-1].half())
             a[path].append(activations[path].half())
-    return torch.cat(batches), *({path: torch.cat(x) for path, x in each.items()} for each in (g, a))
+    return torch.cat(batches), *({path: torch.cat(each.pop(path)) for path in U} for each in (g, a))  # pop: it is freed
 
 def mean_importances(run: Run) -> dict[str, Tensor]:
     """Of every subcomponent over the evaluation set, {path: (C,)}, from metrics.json."""
@@ -746,7 +747,7 @@ def readout(model: GPT) -> Tensor:
     return E - E.mean(1, keepdim=True)  # the norm takes off the mean
 
 def describe_all(run: Run, ids: Tensor, g: dict[str, Tensor], a: dict[str, Tensor]) -> list[dict]:
-    """The subcomponents that fire, of more than PARTS the most important of each matrix, with what a person needs to
+    """The subcomponents that fire, in each matrix at most PARTS / matrices, the most important, with what one needs to
     judge them, the clearest first. Arguments: of `observe`. "density": share of positions where it fires; "importance":
     mean there; "moves", "lowers": the tokens that it raises and lowers most there, for matrices of TO_STREAM."""
     sides, E, parts = neighbourhood(ids, run.preset.shape.vocabulary), readout(run.model), []
@@ -767,8 +768,8 @@ def shown(run: Run, token: int) -> str:
     return repr(run.tokenizer.decode([token])) if run.tokenizer else str(token)
 
 def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
-    """Groups of alive subcomponents, of more than 1,500 those of the largest mean importance, that are active together
-    (`vpd.cluster`, g > 0.01), on ids (N, T), g {path: (N, T, C)}. Writes groups.json: "found"; "span": how many have
+    """Which alive subcomponents are active together (`vpd.cluster`, g > 0.01), among the 1,500 of the largest mean
+    importance; on ids (N, T), g {path: (N, T, C)}. Writes groups.json: "found"; "span": how many have
     members in several layers; "bits_before", "bits_after": per token; "groups": [{"members": ["MATRIX:NUMBER", ...],
     "active": share of positions, "by", "tokens": the commonest there, see `clearness`}, ...], the largest first."""
     means, sides = mean_importances(run), neighbourhood(ids, run.preset.shape.vocabulary)
@@ -790,12 +791,12 @@ def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
 def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
     """How much parts add directly to each other's activation, summed over where the target fires; masks: importances
     ([VPD]'s dataset-aggregated attributions). {name: {"sources", "targets": [(name, sum), ...]}}, the 5 strongest."""
-    (number, most), model, found = FLOWS, run.model, run.decomposition
+    model, found = run.model, run.decomposition
     total, strongest = collections.defaultdict(float), {part["name"]: {"sources": [], "targets": []} for part in parts}
-    for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device)[:number], "attributions"):
+    for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device, SOME), "attributions"):
         _, g = vpd.predict_importances(model, found, batch)
         _, activations, writes = vpd.cut_forward(model, found, g, batch)
-        for target in parts[: most // len(found.U)]:
+        for target in parts[: FLOWS // len(found.U)]:
             path, c = target["matrix"], target["c"]
             if (fires := g[path][..., c] > FIRES).any():
                 into = vpd.attributions(activations[path][..., c][fires].sum(), found, g, activations, writes)
@@ -817,7 +818,7 @@ def asked(run: Run, prompt: str) -> dict:
     for path, x in g.items():
         for t, c in (x[0, :, :-1] > FIRES).nonzero().tolist():
             active[t].append((f"{path}:{c}", x[0, t, c].item()))
-    result = {"ids": ids[0].tolist(), "active": [sorted(parts, key=lambda part: -part[1]) for parts in active]}
+    result = {"ids": ids[0].tolist(), "active": [sorted(parts, key=lambda part: -part[1])[:200] for parts in active]}
     newest_last = sorted(run.folder.glob("circuit*.json"), key=lambda file: file.stat().st_mtime)
     for made in (made for file in newest_last if (made := json.loads(file.read_text()))["prompt"] == prompt):
         graph = made["pruned_graph"]
@@ -836,7 +837,7 @@ def report(run: Run, prompts: list[str]) -> str:
     group_of = {name: n for n, group in enumerate(groups["groups"]) for name in group["members"]}
     seen = {side: tokens for side, (tokens, _) in neighbourhood(ids, run.preset.shape.vocabulary).items()}
     with torch.no_grad():
-        seen["predicted"] = torch.cat([run.model(batch).argmax(-1) for batch in ids.split(run.preset.batch)])
+        seen["predicted"] = torch.cat([run.model(batch).argmax(-1) for batch in ids.split(8)])
     compared, flow = run.folder / "compare.json", flows(run, parts)
     matches = json.loads(compared.read_text()).get("matches", {}) if compared.exists() else {}
     for part in vpd.with_progress(parts, "examples"):
@@ -954,7 +955,7 @@ function show(p, row) {
   for (const [side, list] of Object.entries(p.around)) tokens(facts, list, side + ': ')
   for (const [of, x] of Object.entries(p.bars)) add(facts, 'div', of + ': ' + bars(x), 'bars')
   if (p.moves.length) tokens(facts, p.moves, 'raises: '), tokens(facts, p.lowers, 'lowers: ')
-  links(facts, 'strongest sources, summed over 4 batches: ', p.sources), links(facts, 'strongest targets: ', p.targets)
+  links(facts, 'strongest sources, summed over some text: ', p.sources), links(facts, 'strongest targets: ', p.targets)
   if (p.match) add(facts, 'div', 'best match in the compared run: ' + p.match.join(', cosine '))
   if (p.group >= 0) links(facts, 'group ' + p.group + ': ', data.groups[p.group].members.map(name => [name]))
   for (const [ids, g, a, at] of p.examples) {
@@ -1026,8 +1027,7 @@ def encoded(run: Run, text: str) -> Tensor:
 def one_token(run: Run, text: str) -> int:
     """The id of a text that is one token. Raises BadInput, with its tokens, if it is more than one."""
     ids = encoded(run, text)[0].tolist()
-    pieces = " ".join(shown(run, i) for i in ids)
-    vpd.refuse(len(ids) > 1, f"{text!r} is not one token but {len(ids)}: {pieces}; give one of them")
+    vpd.refuse(len(ids) > 1, f"{text!r} is not one token but {[run.tokenizer.decode([i]) for i in ids]}: give one")
     return ids[0]
 
 def edges_into(graph: dict) -> dict[int, list[dict]]:
@@ -1062,7 +1062,7 @@ def draw_circuit(run: Run, graph: dict, ids: Tensor, outcome: str, file: Path) -
     for (position, y), inside in cells.items():
         for i, n in enumerate(inside):  # side by side, and in a zigzag, within the cell
             at[n] = position + 0.8 * ((i + 0.5) / len(inside) - 0.5), y + 0.25 * (i % 2) * (len(inside) > 2)
-    axis = (figure := Figure(figsize=(max(7, 1.15 * T), 7.5), layout="constrained")).subplots()
+    axis = (figure := matplotlib.figure.Figure((max(7, 1.15 * T), 7.5), layout="constrained")).subplots()
     for edge in edges:
         colour, width = "#1f6fb4" if edge["attribution"] > 0 else "#c85200", 0.3 + 5 * edge["share"]
         axis.plot(*zip(at[edge["source"]], at[edge["target"]]), color=colour, linewidth=width, alpha=0.6, zorder=1)
@@ -1176,7 +1176,7 @@ def edit(run: Run, name: str, token_text: str | None, alpha: float) -> str:
     signs = {i: a[path][..., i][fires[i]].float().mean().sign().item() for i in [c, *others[pick : pick + 1]]}
     results = {f"{path}:{i}": [] for i in signs}
     for i, x in vpd.with_progress([(i, x) for i in signs for x in sorted({0.5, 1.0, 2.0, 3.0, 5.0, alpha})], "edits"):
-        where, batches = fires[i].split(run.preset.batch), ids.split(run.preset.batch)
+        where, batches = fires[i].split(8), ids.split(8)
         results[f"{path}:{i}"].append({"alpha": x, **effect(run, path, i, token, signs[i] * x, batches, where)})
     write(run.folder / "edit.json", json.dumps({"part": name, "token": token_text, "effects": results}, indent=1))
     lines = [f"{name} -> {token_text!r}: it fires at {int(fires[c].sum())} of {ids.numel()} positions"]

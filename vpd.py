@@ -344,7 +344,7 @@ class Config:
     w_adversarial: float = 0.5  # [0.5]
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
-    w_delta: float = 0.5  # [1e7] no higher than keeps Delta small, or parts do not merge: laptop, 1e6: L0 61; 1e4: 47
+    w_delta: float = 0.5  # [1e7] as low as keeps Delta small: higher, parts do not merge (laptop: 1e6 L0 61, 1e4 47)
     price_start: float = 1.0  # [1] a factor on the price that falls geometrically to 1; ours: resid_mlp1 needs 120
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
@@ -394,7 +394,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     BadInput if one of them is not finite, before U, V and G are changed.
 
     Memory in bytes, beside those of the model, U, V and G: 4 * positions * (3 * sum C, for the sources, + (15 * sum C +
-    6 * outputs per position) / accumulate). `global_mean` (section 10) does nothing for one process."""
+    6 * outputs per position) / accumulate). For one process `global_mean` (section 10) does nothing."""
     U, V = training.decomposition.U, training.decomposition.V
     UV, G_parameters = [*U.values(), *V.values()], list(training.decomposition.G.parameters())
 
@@ -410,17 +410,17 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     # total = config.w_stochastic * loss_stochastic + config.w_adversarial * loss_adversarial
     #         + price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
     #         + config.w_delta * loss_delta
-    # First S of all micro-batches, for losses 3 and 4. The graph of one alone is kept; those of several are made anew
-    micro_batches, S, positions, l0 = batch.chunk(n := config.accumulate), 0, 0, 0
+    # Losses 3 and 4 need S of all micro-batches first. A single one keeps its graph; several are run again below
+    n = config.accumulate
+    micro_batches, S, positions, l0 = batch.chunk(n), 0, 0, 0
     for part in micro_batches:
         with torch.set_grad_enabled(n == 1):
             target, z, g = predict(model, training.decomposition, part)
             S_part, positions_part = usage(z, p)
         S, positions, l0 = S + S_part.detach(), positions + positions_part, l0 + (g > 0).sum() / (n * positions_part)
-    global_mean([S])  # of all processes
-    S, positions = processes() * S, processes() * positions
-    loss_importance = importance_minimality(S.requires_grad_(), positions)
-    loss_frequency = frequency_minimality(S, positions)
+    global_mean([S])
+    whole = processes() * S.requires_grad_(), processes() * positions  # of all processes
+    loss_importance, loss_frequency = importance_minimality(*whole), frequency_minimality(*whole)
     minimality = config.w_importance * loss_importance + config.w_frequency * loss_frequency
     (price,) = torch.autograd.grad(price_factor * minimality, S)  # what more use of each costs, (sum C,)
 
@@ -447,8 +447,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
                 # One more step up, as the gradient is there anyway; without its factor: Adam's moments keep one scale
                 ascend(training.ascent, sources, sources.grad / (config.w_adversarial / n))
         # Both gradients of g have added up in g_leaf; one backward pass takes the sum through G
-        ends, gradients = [S_part, g], [processes() * price, g_leaf.grad]  # `global_mean` divides by processes()
-        if sources is training.sources[-1]:  # once
+        ends, gradients = [S_part, g], [price, g_leaf.grad]
+        if sources is training.sources[-1]:  # once: Delta has no part of the batch
             ends, gradients = [*ends, config.w_delta * loss_delta], [*gradients, None]  # None means 1
         torch.autograd.backward(ends, gradients, inputs=[*UV, *G_parameters])
     global_mean([x.grad for x in [*UV, *G_parameters]])
@@ -1015,7 +1015,7 @@ def with_progress(items: Iterable, what: str) -> Iterator:
     items, began = list(items), time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
-        if (spent := time.monotonic() - began) > 5:
+        if rank() == 0 and (spent := time.monotonic() - began) > 5:
             line = f"{what}: {number}/{len(items)}  {spent / number * (len(items) - number):.0f} s left"
             progress(line, number == len(items), number % max(1, len(items) // 4) == 0)
 

@@ -402,8 +402,8 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_computed_and_a_b
         return gpt.peak_memory(gpt.GPT(preset.shape), C, batch * preset.shape.context, config)
 
     B = preset.batch
-    assert B % 2 == 0 and takes(B, 1) > takes(B, 2) > takes(B, B) > takes(B - 1, B - 1)
-    cases = [(takes(B, 2), f"give --batch {B} --accumulate 2"), (takes(B - 1, B - 1), f"give --batch {B - 1} --accumulate {B - 1}"), (0, "give fewer subcomponents with --C")]
+    assert B % 2 == 0 and takes(B, 1) > takes(B, 2) > takes(B, B) > takes(B // 2, B // 2)
+    cases = [(takes(B, 2), f"give --batch {B} --accumulate 2"), (takes(B // 2, B // 2), f"give --batch {B // 2} --accumulate {B // 2}"), (0, "give fewer subcomponents with --C")]
     monkeypatch.setattr(gpt, "corpus", lambda *_: pytest.fail("computed"))
     for has, advice in cases:
         monkeypatch.setattr(gpt.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1.001, "SC_PHYS_PAGES": has * 1e9}[name])
@@ -464,7 +464,7 @@ def results(folder):
 
 def test_a_run_killed_in_either_stage_goes_on_with_resume_and_ends_the_same(command, tmp_path, monkeypatch):
     monkeypatch.setattr(gpt, "CHECKPOINT_SECONDS", -1)  # after every step
-    settings = ("--data", tmp_path / "text.txt", "--seed", "3", "--C", "0.5")
+    settings = ("--data", tmp_path / "text.txt", "--seed", "3", "--C", "0.5", "--accumulate", "2")
     command(*settings, "--out", tmp_path / "whole")
 
     def dies(module, name, after):
