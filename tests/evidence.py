@@ -113,7 +113,7 @@ def losses(run, out: Path):
         rows[name] |= {f"MMCS {part}": x for part, x in agreement(*pair).items()}
         curves[name] = [sum(constant_source(run, x, r) for x, _ in pair) / 2 for r in grid]
         axis.plot(grid, curves[name], marker="o", markersize=3, label=name)
-    axis.set(xlabel="r, the source of every subcomponent", ylabel="cross-entropy above target (nats)", yscale="symlog")
+    axis.set(xlabel="r, the source of every subcomponent", ylabel="cross-entropy above target (nats)")
     axis.legend(fontsize=8)
     return rows, {"r": grid, "cross-entropy above target": curves}, figure
 
