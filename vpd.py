@@ -1041,8 +1041,8 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
             left.plot(*zip(*points), ".-" if len(points) < 20 else "-", label=name.replace("_", " "))
     for n, (path, matrix) in enumerate(metrics["matrices"].items()):
         mean = [max(x, 1e-8) for x in sorted(matrix["mean_importance"], reverse=True)]
-        label, style = f"{path}: {matrix['alive']} alive of {matrix['C']}", ("-", "--", ":")[n % 3]
-        right.plot(range(1, len(mean) + 1), mean, marker=".", markersize=3, linestyle=style, label=label)
+        label = "_" * (n > 23) + f"{path}: {matrix['alive']} alive of {matrix['C']}"  # _: the legend is full
+        right.plot(range(1, len(mean) + 1), mean, ("-", "--", ":")[n % 3], marker=".", markersize=3, label=label)
     right.axhline(ALIVE, color="gray", linewidth=1, label=f"alive above {ALIVE:g}")
     left.set(yscale="log", xlabel="step", ylabel="loss, or L0", title="Losses and L0 over the training")
     right.set(yscale="log", xlabel="subcomponent, sorted", ylabel="mean importance (at least 1e-8)", title="Spectrum")
