@@ -235,7 +235,7 @@ class ImportanceBlock(nn.Module):
 class ImportanceTransformer(nn.Module):
     """One shared bidirectional transformer over all matrices' inputs (B, T, d_in) ([VPD] section 3).
     ours: to each score it adds a learned multiple of the size of the subcomponent's own activation. On a small language
-    model (preset laptop) the attack of section 8 then reaches 0.32 to 0.38, not 0.70."""
+    model (laptop, w_delta 1e6) the attack of section 8 then reached 0.32 to 0.38, not 0.70."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
         width, sum_C = config.G_width, sum(C for _, C in shapes.values())
