@@ -12,7 +12,7 @@
     attention    the pairs of subcomponents that make attention scores
 
 Alone, `losses`, `frontier` and `attack` take half an hour of one thread, `transcoders` 20 minutes after `frontier`;
-`seeds`, `sizes` and `attention` ran in small only. A killed command goes on when it is repeated.
+`attention` seconds; `seeds` and `sizes` ran in small only. A killed command goes on when it is repeated.
 [VPD] is "Interpreting Language Model Parameters" (2026); its figures are those of another, larger model."""
 
 from __future__ import annotations
