@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import math
-import sys
 import weakref
 
 import numpy as np
