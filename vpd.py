@@ -339,8 +339,7 @@ class Config:
     warmup_steps: int = 400  # [400] of the warm-up that makes Delta small: Delta-L2 alone, U and V only, lr 1e-3
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: it can explode as p falls below 1 (toys: never did)
-    # The weights of the five losses. A reconstruction loss with weight 0 is not computed.
-    w_stochastic: float = 0.5  # [0.5]
+    w_stochastic: float = 0.5  # [0.5] the weights of the losses; a reconstruction loss with weight 0 is not computed
     w_adversarial: float = 0.5  # [0.5]
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
@@ -397,7 +396,6 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     6 * outputs per position) / accumulate). For one process `global_mean` (section 10) does nothing."""
     U, V = training.decomposition.U, training.decomposition.V
     UV, G_parameters = [*U.values(), *V.values()], list(training.decomposition.G.parameters())
-
     elapsed = training.step / config.steps
     cosine = 0.5 * (1 + math.cos(math.pi * elapsed))
     for optimizer, lr in zip(training.optimizers, (config.lr * (config.muon or 1), config.lr)):
@@ -411,9 +409,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     #         + price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
     #         + config.w_delta * loss_delta
     # Losses 3 and 4 need S of all micro-batches first. A single one keeps its graph; several are run again below
-    n = config.accumulate
-    micro_batches, S, positions, l0 = batch.chunk(n), 0, 0, 0
-    for part in micro_batches:
+    n, S, positions, l0 = config.accumulate, 0, 0, 0
+    for part in batch.chunk(n):
         with torch.set_grad_enabled(n == 1):
             target, z, g = predict(model, training.decomposition, part)
             S_part, positions_part = usage(z, p)
@@ -424,37 +421,19 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     minimality = config.w_importance * loss_importance + config.w_frequency * loss_frequency
     (price,) = torch.autograd.grad(price_factor * minimality, S)  # what more use of each costs, (sum C,)
 
-    (loss_stochastic, loss_adversarial), loss_delta = torch.zeros(2, device=batch.device), delta_l2(model, U, V)
-    for part, sources in zip(micro_batches, training.sources):
+    losses, loss_delta = 0, delta_l2(model, U, V)
+    for part, sources in zip(batch.chunk(n), training.sources):
         if n > 1:
             target, z, g = predict(model, training.decomposition, part)
             S_part, _ = usage(z, p)
         g_leaf = g.detach().requires_grad_()  # cut off from G
-        with precision(batch.device, config.bf16):
-            # The adversary's inner ascent
-            for _ in range(config.adversary_steps if config.w_adversarial else 0):
-                loss = adversarial_reconstruction(model, U, V, g_leaf, part, target, divergence, sources)
-                ascend(training.ascent, sources, *torch.autograd.grad(loss, sources))
-            # Each reconstruction loss is differentiated immediately, which frees its graph before the next is built
-            if config.w_stochastic:
-                loss = stochastic_reconstruction(model, U, V, g_leaf, part, target, divergence, training.noise)
-                (config.w_stochastic / n * loss).backward(inputs=[*UV, g_leaf])
-                loss_stochastic += loss.detach() / n
-            if config.w_adversarial:
-                loss = adversarial_reconstruction(model, U, V, g_leaf, part, target, divergence, sources)
-                (config.w_adversarial / n * loss).backward(inputs=[*UV, g_leaf, sources])
-                loss_adversarial += loss.detach() / n
-                # One more step up, as the gradient is there anyway; without its factor: Adam's moments keep one scale
-                ascend(training.ascent, sources, sources.grad / (config.w_adversarial / n))
+        losses += reconstruct(model, part, divergence, training, config, target, g_leaf, sources)
         # Both gradients of g have added up in g_leaf; one backward pass takes the sum through G
-        ends, gradients = [S_part, g], [price, g_leaf.grad]
-        if sources is training.sources[-1]:  # once: Delta has no part of the batch
-            ends, gradients = [*ends, config.w_delta * loss_delta], [*gradients, None]  # None means 1
-        torch.autograd.backward(ends, gradients, inputs=[*UV, *G_parameters])
+        once = [config.w_delta * loss_delta] if sources is training.sources[-1] else []  # no part of the batch
+        gradients = [price, g_leaf.grad, *(None for _ in once)]  # None means 1
+        torch.autograd.backward([S_part, g, *once], gradients, inputs=[*UV, *G_parameters])
     global_mean([x.grad for x in [*UV, *G_parameters]])
-
-    # U, V and G step down
-    values = {"stochastic": loss_stochastic, "adversarial": loss_adversarial, "importance_minimality": loss_importance}
+    values = {"stochastic": losses[0], "adversarial": losses[1], "importance_minimality": loss_importance}
     values |= {"frequency_minimality": loss_frequency, "delta_l2": loss_delta, "L0": l0}
     values["gradient of U and V"] = nn.utils.clip_grad_norm_(UV, config.clip_UV)
     values["gradient of G"] = nn.utils.clip_grad_norm_(G_parameters, config.clip_G)
@@ -463,6 +442,27 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
         optimizer.step()
     training.step += 1
     return values
+
+def reconstruct(model, part, divergence, training: Training, config: Config, target, g, sources) -> Tensor:
+    """The adversary's inner ascent on a micro-batch, then its shares of losses 1 and 2, (2,). Adds their gradients to
+    those of U, V and g, a leaf (..., K): each as soon as it is there, which frees its graph before the next."""
+    U, V, n = training.decomposition.U, training.decomposition.V, config.accumulate
+    leaves, losses = [*U.values(), *V.values(), g], torch.zeros(2, device=g.device)
+    with precision(part.device, config.bf16):
+        for _ in range(config.adversary_steps if config.w_adversarial else 0):
+            loss = adversarial_reconstruction(model, U, V, g, part, target, divergence, sources)
+            ascend(training.ascent, sources, *torch.autograd.grad(loss, sources))
+        if config.w_stochastic:
+            loss = stochastic_reconstruction(model, U, V, g, part, target, divergence, training.noise)
+            (config.w_stochastic / n * loss).backward(inputs=leaves)
+            losses[0] = loss.detach() / n
+        if config.w_adversarial:
+            loss = adversarial_reconstruction(model, U, V, g, part, target, divergence, sources)
+            (config.w_adversarial / n * loss).backward(inputs=[*leaves, sources])
+            losses[1] = loss.detach() / n
+            # One more step up, as the gradient is there anyway; without its factor: Adam's moments keep one scale
+            ascend(training.ascent, sources, sources.grad / (config.w_adversarial / n))
+    return losses
 
 # ---- 7  decompose: the warm-up and the loop -------------------------------------------------------------------------
 
