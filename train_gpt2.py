@@ -821,7 +821,7 @@ def asked(run: Run, prompt: str) -> dict:
     result = {"ids": ids[0].tolist(), "active": [sorted(parts, key=lambda part: -part[1])[:200] for parts in active]}
     newest_last = sorted(run.folder.glob("circuit*.json"), key=lambda file: file.stat().st_mtime)
     for made in (made for file in newest_last if (made := json.loads(file.read_text()))["prompt"] == prompt):
-        graph = made["pruned_graph"]
+        graph = made["graph"]
         nodes = [(node["position"], f"{node['matrix']}:{node['subcomponent']}") for node in graph["nodes"]]
         rows = [(*nodes[n], [(nodes[edge["source"]][1], edge["attribution"]) for edge in edges[:3]])
                 for n, edges in edges_into(graph).items() if edges]  # fmt: skip
@@ -1078,7 +1078,7 @@ def draw_circuit(run: Run, graph: dict, ids: Tensor, outcome: str, file: Path) -
     figure.savefig(file, dpi=110)
 
 def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
-    """The attribution graph of one prediction, and what three ways of pruning leave of it, as a dict for JSON.
+    """What three ways of pruning leave of one prediction, and the attribution graph after the last, as a dict for JSON.
     Of token_text, or what the target predicts. "prunings": the nodes and the cross-entropy of the token in nats, with
     the importances as masks ("ce"), with those above 0 at 1 ("ce_rounded"), under a fresh adversary ("attacked")."""
     model, found, ids = run.model, run.decomposition, encoded(run, prompt)
@@ -1093,18 +1093,17 @@ def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
         case = lambda: [(ids, target, importances)]  # it moves what was active before pruning; all else stays random
         attacked = vpd.fresh_adversary(model, found, case, lambda _, output: loss(output), ids.shape, active)
         nodes = sum(int((x > 0).sum()) for x in importances.values())
-        return {"nodes": nodes, "ce": ce[0], "ce_rounded": ce[1], "attacked": attacked}
-    def graph(importances):  # of the token's logit above the mean logit, which the softmax does not see
-        outcome = lambda logits: logits[0, -1, token] - logits[0, -1].mean()
-        return vpd.attribution_graph(model, found, importances, ids, outcome, EMBEDDINGS, share=0.005)
+        return {"nodes": nodes, "ce": ce[0], "ce_rounded": ce[1], "attacked": vpd.largest_within(attacked)}
     prunings = {"not pruned": judged(g)}
     for name, (stochastic, adversarial) in PRUNINGS.items():
         prunings[name] = judged(pruned := vpd.prune(model, found, g, ids, loss, PRICE, stochastic, adversarial))
     result = {"prompt": prompt, "token": token, "ids": ids[0].tolist(), "target_ce": loss(target).item()}
-    return result | {"prunings": prunings, "graph": graph(g), "pruned_graph": graph(pruned)}
+    outcome = lambda logits: logits[0, -1, token] - logits[0, -1].mean()  # the mean, because the softmax ignores it
+    graph = vpd.attribution_graph(model, found, pruned, ids, outcome, EMBEDDINGS, share=0.005)
+    return result | {"prunings": prunings, "graph": graph}
 
 def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
-    """For every prompt circuit.json and circuit.png (numbered from the second on), of `circuit` and its pruned graph.
+    """For every prompt circuit.json and circuit.png (numbered from the second on), of `circuit` and its graph.
     Returns the strongest paths of each, and a table of the prunings, as means over the prompts."""
     lines, results = [], []
     every_ids = [encoded(run, prompt) for prompt in prompts]  # refuses what cannot serve before anything is computed
@@ -1113,9 +1112,9 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
         file = run.folder / ("circuit" if len(results) == 1 else f"circuit_{len(results)}")
         write(file.with_suffix(".json"), json.dumps(result))
         token = shown(run, result["token"])
-        draw_circuit(run, result["pruned_graph"], ids, token, file.with_suffix(".png"))
+        draw_circuit(run, result["graph"], ids, token, file.with_suffix(".png"))
         lines.append(f"{prompt!r} then {token}, cross-entropy of the target {result['target_ce']:.3f}; after pruning:")
-        lines += strongest_paths(run, result["pruned_graph"], ids)
+        lines += strongest_paths(run, result["graph"], ids)
     target = np.mean([result["target_ce"] for result in results])
     lines.append(f"cross-entropy of the token, mean of {len(results)} prompts; target: {target:.3f}")
     lines.append("pruning                      nodes  as masks   rounded  under a fresh adversary of 20, 40, 80 steps")

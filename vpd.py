@@ -478,8 +478,7 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
         it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with equal
         threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
     glance(decomposition): figures {name: number} for log.jsonl, asked for every tenth of the run.
-    Raises BadInput before any training (see `check`, `claim_folder`, `load_checkpoint`), or if a batch has another
-    shape than the first, or a loss is not finite."""
+    Raises BadInput: see `check`, `claim_folder`, `load_checkpoint`; if batches differ, or a loss is not finite."""
     training, next_batch, after_step = open_run(model, C, get_batch, config, out, checkpoint_seconds, glance)
     if training.step == 0:
         faithfulness_warmup(model, training.decomposition, config)
@@ -541,26 +540,29 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
 
 @torch.enable_grad()  # `evaluate` runs without gradients
 def fresh_adversary(model, decomposition: Decomposition, cases: Callable, divergence: Divergence, positions=(),
-                    movable=None, seed=0) -> dict[str, float]:  # fmt: skip
-    """The attack ([VPD] section 6): {"20": the largest divergence in 20 steps of sign ascent from random sources, "40",
-    "80"}. Not the last: steps of 0.1 overshoot. cases(): (batch, target output, g), ..., made anew at each step.
-
-    positions: () for ONE source per mask, shared by all positions, which finds systematic flaws and not the noise of
-    single inputs; the shape of the positions for one at each. movable: bools (*positions, K), by default all."""
-    U, V, reached = decomposition.U, decomposition.V, [-math.inf]
+                    movable=None, seed=0, steps=80, size=0.1) -> list[float]:  # fmt: skip
+    """The attack ([VPD] section 6): the divergence after 0, 1, ... steps of sign ascent, of this size, from random
+    sources. cases(): (batch, target output, g), ..., made anew at each step. movable: bools (*positions, K), or all.
+    positions: () for ONE source per mask, shared by all of them, which finds systematic flaws and not the noise of
+    single inputs; the shape of the positions for one at each."""
+    U, V, reached = decomposition.U, decomposition.V, []
     device, K = next(iter(U.values())).device, sum(len(u) + 1 for u in U.values())
     sources = torch.rand(*positions, K, generator=torch.Generator(device).manual_seed(seed), device=device)
     sources.requires_grad_()
-    for _ in with_progress(range(81), "fresh adversary"):
+    for _ in with_progress(range(1 + steps), "fresh adversary"):
         total, gradient = 0.0, torch.zeros_like(sources)
         for n, (batch, target, g) in enumerate(cases(), 1):
             with precision(device, decomposition.bf16):
                 loss = adversarial_reconstruction(model, U, V, side_by_side(g), batch, target, divergence, sources)
             gradient += torch.autograd.grad(loss, sources)[0]
             total += loss.item()
-        reached.append(max(total / n, reached[-1]))
-        sources.data.add_(0.1 * gradient.sign() * (1 if movable is None else movable)).clamp_(0, 1)
-    return {str(steps): reached[1 + steps] for steps in (20, 40, 80)}
+        reached.append(total / n)
+        sources.data.add_(size * gradient.sign() * (1 if movable is None else movable)).clamp_(0, 1)
+    return reached
+
+def largest_within(reached: list[float], steps=(20, 40, 80)) -> dict[str, float]:
+    """{"20": the largest divergence of an attack in 20 steps, ...}. Not the last: steps of 0.1 overshoot."""
+    return {str(n): max(reached[: n + 1]) for n in steps}
 
 @torch.no_grad()
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None) -> dict:
@@ -582,9 +584,8 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
             divergences[masking] += divergence(target, output).item() / n
             losses[masking] += loss(batch, output).item() / n if loss else 0
     metrics = {"alive_threshold": ALIVE, **count_subcomponents(g for *_, g in cases()), "divergence": dict(divergences)}
-    metrics["adversary"] = fresh_adversary(model, decomposition, cases, divergence, seed=seed)
-    metrics["delta"] = delta_l2(model, U, V).item()
-    return metrics | ({"loss": dict(losses)} if loss else {})
+    metrics["adversary"] = largest_within(fresh_adversary(model, decomposition, cases, divergence, seed=seed))
+    return metrics | {"delta": delta_l2(model, U, V).item()} | ({"loss": dict(losses)} if loss else {})
 
 # ---- 9  Reading a decomposition ([VPD] section 8) -------------------------------------------------------------------
 
@@ -610,8 +611,7 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
     """How much every subcomponent adds directly to `value`, a scalar of a `cut_forward`: {path: (..., C + 1)}.
 
     The gradient of value at the write, times what c adds to the write, m_c a_c U_c / ||U_c||. The last column is of the
-    bias and Delta. For an embedding: (..., 1). Where value is linear, without a constant, in what is written, they add
-    up to it."""
+    bias and Delta. For an embedding: (..., 1). If value is linear in the writes (no constant), they add up to it."""
     attributed = {}
     if not value.requires_grad:  # nothing that writes is in it
         return attributed

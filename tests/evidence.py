@@ -239,7 +239,7 @@ def mlps_masked(run, decomposition, layers) -> tuple[dict, float]:
     with torch.no_grad():
         cases = [(batch, run.model(batch), masks(batch, 0.0)) for batch in batches(run)[:8]]
         on = sum(g[path][..., :-1].sum(-1).mean().item() for _, _, g in cases for path in paths)
-    attacked = vpd.fresh_adversary(run.model, decomposition, lambda: cases, vpd.kl)["80"]
+    attacked = max(vpd.fresh_adversary(run.model, decomposition, lambda: cases, vpd.kl))
     return judged(run, forward, attacked), on / len(cases) / len(layers)
 
 RATES, KS = (1e-3, 3e-3, 1e-2), (4, 8, 16, 32, 64)
@@ -338,18 +338,19 @@ def attack(run, out: Path):
     """How far does a longer attack get? [VPD], 20, 40, 80, 160, 320 steps: 0.83, 1.35, 3.84, 25, 40; all ablated 67."""
     which = {"run": decomposed(run, out, "run")[0]}
     which["no adversary"] = decomposed(run, out, "no adversarial", w_adversarial=0.0)[0]
-    rows, curves = {}, {}
+    rows, curves, steps = {}, {}, (20, 40, 80, 160, 320)
     figure, (axis,) = axes("the largest so far, one source per subcomponent")
     for name, decomposition in which.items():
         cases = [(batch, *vpd.predict_importances(run.model, decomposition, batch)) for batch in batches(run)]
         for size in (0.1, 0.02):
-            curve = cached(out / f"attack {name} {size:g}.json", lambda: climb(run, decomposition, cases, size))
+            climb = functools.partial(vpd.fresh_adversary, run.model, decomposition, lambda: cases, vpd.kl)
+            curve = cached(out / f"attack {name} {size:g}.json", lambda: climb(steps=320, size=size))
             curves[f"{name}, steps of {size:g}"] = curve
-            largest = [max(curve[: n + 1]) for n in range(len(curve))]
-            rows[f"{name}, steps of {size:g}: last"] = {str(n): curve[n] for n in (20, 40, 80, 160, 320)}
-            rows[f"{name}, steps of {size:g}: largest"] = {str(n): largest[n] for n in (20, 40, 80, 160, 320)}
-            axis.plot(range(1, len(curve)), largest[1:], label=f"{name}, steps of {size:g}")
-    axis.plot([20, 40, 80, 160, 320], [0.83, 1.35, 3.84, 25, 40], "k.", label="published (another model)")
+            rows[f"{name}, steps of {size:g}: last"] = {str(n): curve[n] for n in steps}
+            rows[f"{name}, steps of {size:g}: largest"] = vpd.largest_within(curve, steps)
+            so_far = vpd.largest_within(curve, range(1, 321))
+            axis.plot(range(1, 321), so_far.values(), label=f"{name}, steps of {size:g}")
+    axis.plot(steps, [0.83, 1.35, 3.84, 25, 40], "k.", label="published (another model)")
     axis.set(xlabel="steps", ylabel="KL from the target (nats)", xscale="log", yscale="log")
     axis.legend(fontsize=8)
     return rows, {"curves": curves}, figure
@@ -361,21 +362,6 @@ def cached(file: Path, compute):
         with vpd.replacing(file) as opened:
             opened.write(json.dumps(result).encode())
     return json.loads(file.read_text())
-
-def climb(run, decomposition, cases: list, size: float) -> list[float]:
-    """The KL at every one of 320 steps of sign ascent, from random sources: `vpd.fresh_adversary`, but longer."""
-    U, V, cases = decomposition.U, decomposition.V, [(*case, vpd.side_by_side(g)) for *case, g in cases]
-    sources = torch.rand(cases[0][2].shape[-1], generator=torch.Generator().manual_seed(0)).requires_grad_()
-    reached = []
-    for _ in vpd.with_progress(range(321), f"attack, steps of {size:g}"):
-        total, gradient = 0.0, torch.zeros_like(sources)
-        for batch, target, g in cases:
-            loss = vpd.adversarial_reconstruction(run.model, U, V, g, batch, target, vpd.kl, sources) / len(cases)
-            gradient += torch.autograd.grad(loss, sources)[0]
-            total += loss.item()
-        reached.append(total)
-        sources.data.add_(size * gradient.sign()).clamp_(0, 1)
-    return reached
 
 @torch.no_grad()
 def score_parts(model: train_gpt2.GPT, decomposition: vpd.Decomposition, layer: int, ids: Tensor) -> dict[str, Tensor]:

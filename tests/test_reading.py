@@ -486,7 +486,7 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
     graph = found["graph"]
     assert graph["nodes"][-1]["matrix"] == "outcome" and graph["edges"]
     active = [node for node in graph["nodes"] if "importance" in node]
-    assert len(active) == found["prunings"]["not pruned"]["nodes"]
+    assert len(active) == found["prunings"]["stochastic and adversarial"]["nodes"]
 
 
 def test_means_are_weighted_within_and_over_matrices():
