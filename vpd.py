@@ -187,9 +187,8 @@ class ImportanceMLPs(nn.Module):
 
     ours: the input is the activation ||U_c|| V_c^T x, and not V_c^T x. So a subcomponent whose weights have shrunk to
     nothing sees nothing, on any input; otherwise it goes on firing a little on rare ones.
-    ours: all weights enter by their absolute values. So a score rises with the activation (but for the dip of GELU),
-    and a subcomponent detects one sign of it; otherwise one often serves two features that point in almost opposite
-    directions, which training cannot part again."""
+    ours: all weights enter by their absolute values: a score rises with the activation (but for the dip of GELU), so
+    that no subcomponent serves two features of almost opposite directions, which training could not part again."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
         hidden, C = 16, sum(C for _, C in shapes.values())
@@ -567,13 +566,15 @@ def largest_within(reached: list[float], steps=(20, 40, 80)) -> dict[str, float]
 @torch.no_grad()
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None) -> dict:
     """All figures that every decomposition reports, as a dict for JSON. batches: the evaluation set, of one shape.
-
     "matrices" and "total": see `count_subcomponents`. "divergence" from the target, by masking. "adversary": divergence
     under a fresh adversary with one source per mask. "delta": the mean of Delta^2. With loss(batch, output) -> scalar
     (the target's training loss), also "loss": of "target", and by masking. Raises BadInput if shapes differ."""
     refuse(len({batch.shape for batch in batches}) != 1, "the evaluation batches differ in shape: give equal ones")
     U, V, bf16, device, n = decomposition.U, decomposition.V, decomposition.bf16, batches[0].device, len(batches)
-    cases = lambda: ((batch, *predict_importances(model, decomposition, batch)) for batch in batches)  # one by one
+    cases = lambda: ((batch, *predict_importances(model, decomposition, batch)) for batch in batches)
+    _, target, g = next(cases())
+    if n * sum(x.numel() for x in (target, *g.values())) < 2.5e8:  # 1 GB
+        cases = [*cases()].copy  # they are made once; else one by one, anew at every step of the attack
     generator = torch.Generator(device).manual_seed(seed)
     divergences, losses = collections.defaultdict(float), collections.defaultdict(float)
     for batch, target, g in cases():
@@ -680,8 +681,7 @@ def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Cal
         attack = torch.where(active, sources, random)
         wanted = [r for r, use in ((random, stochastic), (attack, adversarial)) if use]
         maskings = [make_masks(pruned, r) for r in wanted] or [pruned]
-        # |g|^p with p = 0.5, so that few are left, and these near 1
-        kept = (upper_leaky(z) * active + 1e-12).sqrt().sum()
+        kept = (upper_leaky(z) * active + 1e-12).sqrt().sum()  # |g|^p, p = 0.5: few are left, and these near 1
         with precision(device, decomposition.bf16):
             losses = [loss(masked_forward(model, U, V, by_path(masks, U), batch)) for masks in maskings]
         total = sum(losses) / len(losses) + price_per_node * kept
