@@ -157,19 +157,19 @@ class Toy:
     def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
         """The setting of a toy model: one for each kind; what depends on its size follows from the size.
 
-        lr: Adam and Muon move every entry by about lr a step, and those of V start at 1 / sqrt(d_in). With much less,
+        lr: Adam and Muon move every entry by about lr a step, and those of V start at 1 / sqrt(d_in). With two thirds,
         subcomponents that do the same do not merge in time. Price: MSE is a mean over N outputs, so a feature's share
         in it is 1 / N. price_start: from a high price down, a feature is more often found as one part, and seldom as
         the sum of its two neighbours' parts."""
         # ours: adversary_steps=0, because the ascent that comes with the loss is enough
-        config = vpd.Config(seed=seed, lr=0.04 / self.features**0.5, w_importance=1e-4 / self.features,
+        config = vpd.Config(steps=2000, seed=seed, lr=0.06 / self.features**0.5, w_importance=1e-4 / self.features,
                             w_frequency=2e-3 / self.features, price_start=7.5, adversary_steps=0)  # fmt: skip
         if self.identity:
             # An identity is needed, and paid for, whenever any feature is present. At the price above, that of
             # tms_40-10-id comes apart into 64 pieces. So the price is lower, the more features are present at once.
             # (Not for all models: with it, tms_40-10 finds 39 features of 40.)
             price = 1e-3 / self.features / (self.density * self.features) ** 0.5
-            steps = 3000 if self.features < 20 else 5000
+            steps = 2000 if self.features < 20 else 3500
             new = {"w_importance": price / 2, "w_frequency": price, "price_start": 6.0, "steps": steps}
             config = dataclasses.replace(config, **new)
         if self.layers:
@@ -177,7 +177,7 @@ class Toy:
             # training seldom parts them again. Large batches, a price that starts high and p from 2 keep them apart
             # (with p from 1, a third of the features was found). A price that ends low finds the weak columns.
             new = {"w_importance": 1e-5 / self.features, "w_frequency": 2e-4 / self.features, "price_start": 120.0}
-            config = dataclasses.replace(config, lr=0.07 / self.dimensions**0.5, **new)
+            config = dataclasses.replace(config, steps=3000, lr=0.07 / self.dimensions**0.5, **new)
         if self.length:
             # price_start: with 4 or more, two mechanisms of a matrix often come to share a part (with 3 on one seed of
             # five); with 2, more are on than need be. What else was tried: .github/experiments.md
@@ -394,7 +394,7 @@ def draw_subcomponents(toy: Toy, model: nn.Module, decomposition, path: str, par
         if len(matrix) == 2:
             for feature, (x, y) in enumerate(matrix.T.tolist()):
                 arrow = {"arrowstyle": "->", "color": f"C{feature % 10}", "lw": 2}
-                if abs(x) + abs(y) > 0.02 * limit:  # else nothing but an arrowhead, which has a size of its own
+                if abs(x) + abs(y) > 0.05 * limit:  # else nothing but an arrowhead, which has a size of its own
                     axis.annotate("", (x, y), (0, 0), arrowprops=arrow)
             axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         else:

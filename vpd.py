@@ -331,7 +331,7 @@ class Config:
     The *price* of a subcomponent that is on is w_importance and w_frequency together."""
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
-    lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.04 / sqrt(features) serves every size
+    lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.06 / sqrt(features) serves every size
     muon: float = 1.0  # [0] U and V step by Muon, at so many times lr (0: AdamW, lr); ours: laptop L0 84, not 107
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
