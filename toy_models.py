@@ -1,6 +1,6 @@
 """Toy models with known mechanisms: train one, decompose it with VPD, score it against the truth, and draw it.
 
-    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; a minute or two on a laptop
+    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; half a minute on a laptop
     python toy_models.py tms_40-10 --seed 3 --out runs/tms40
     python toy_models.py tms_5-2 --without adversarial    # one loss removed: what breaks?
 
@@ -157,10 +157,10 @@ class Toy:
     def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
         """The setting of a toy model: one for each kind; what depends on its size follows from the size.
 
-        lr: Adam and Muon move every entry by about lr a step, and those of V start at 1 / sqrt(d_in). With two thirds,
-        subcomponents that do the same do not merge in time. Price: MSE is a mean over N outputs, so a feature's share
-        in it is 1 / N. price_start: from a high price down, a feature is more often found as one part, and seldom as
-        the sum of its two neighbours' parts."""
+        lr: Adam and Muon move every entry by about lr a step, and those of V start at 1 / sqrt(d_in). With two thirds
+        of it, subcomponents that do the same do not merge in time. Price: MSE is a mean over N outputs, so a feature's
+        share in it is 1 / N. price_start: from a high price down, a feature is more often found as one part, and seldom
+        as the sum of its two neighbours' parts."""
         # ours: adversary_steps=0, because the ascent that comes with the loss is enough
         config = vpd.Config(steps=2000, seed=seed, lr=0.06 / self.features**0.5, w_importance=1e-4 / self.features,
                             w_frequency=2e-3 / self.features, price_start=7.5, adversary_steps=0)  # fmt: skip

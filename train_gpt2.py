@@ -821,7 +821,7 @@ def asked(run: Run, prompt: str) -> dict:
     result = {"ids": ids[0].tolist(), "active": [sorted(parts, key=lambda part: -part[1])[:200] for parts in active]}
     newest_last = sorted(run.folder.glob("circuit*.json"), key=lambda file: file.stat().st_mtime)
     for made in (made for file in newest_last if (made := json.loads(file.read_text()))["prompt"] == prompt):
-        graph = made["graph"]
+        graph = made["pruned_graph"]
         nodes = [(node["position"], f"{node['matrix']}:{node['subcomponent']}") for node in graph["nodes"]]
         rows = [(*nodes[n], [(nodes[edge["source"]][1], edge["attribution"]) for edge in edges[:3]])
                 for n, edges in edges_into(graph).items() if edges]  # fmt: skip
@@ -1079,7 +1079,7 @@ def draw_circuit(run: Run, graph: dict, ids: Tensor, outcome: str, file: Path) -
 
 def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
     """What three ways of pruning leave of one prediction, and the attribution graph after the last, as a dict for JSON.
-    Of token_text, or what the target predicts. "prunings": the nodes and the cross-entropy of the token in nats, with
+    Predicted: token_text, or the target's best. "prunings": the nodes and the cross-entropy of the token in nats, with
     the importances as masks ("ce"), with those above 0 at 1 ("ce_rounded"), under a fresh adversary ("attacked")."""
     model, found, ids = run.model, run.decomposition, encoded(run, prompt)
     target, g = vpd.predict_importances(model, found, ids)
@@ -1100,7 +1100,7 @@ def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
     result = {"prompt": prompt, "token": token, "ids": ids[0].tolist(), "target_ce": loss(target).item()}
     outcome = lambda logits: logits[0, -1, token] - logits[0, -1].mean()  # the mean, because the softmax ignores it
     graph = vpd.attribution_graph(model, found, pruned, ids, outcome, EMBEDDINGS, share=0.005)
-    return result | {"prunings": prunings, "graph": graph}
+    return result | {"prunings": prunings, "pruned_graph": graph}
 
 def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
     """For every prompt circuit.json and circuit.png (numbered from the second on), of `circuit` and its graph.
@@ -1112,9 +1112,9 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
         file = run.folder / ("circuit" if len(results) == 1 else f"circuit_{len(results)}")
         write(file.with_suffix(".json"), json.dumps(result))
         token = shown(run, result["token"])
-        draw_circuit(run, result["graph"], ids, token, file.with_suffix(".png"))
+        draw_circuit(run, result["pruned_graph"], ids, token, file.with_suffix(".png"))
         lines.append(f"{prompt!r} then {token}, cross-entropy of the target {result['target_ce']:.3f}; after pruning:")
-        lines += strongest_paths(run, result["graph"], ids)
+        lines += strongest_paths(run, result["pruned_graph"], ids)
     target = np.mean([result["target_ce"] for result in results])
     lines.append(f"cross-entropy of the token, mean of {len(results)} prompts; target: {target:.3f}")
     lines.append("pruning                      nodes  as masks   rounded  under a fresh adversary of 20, 40, 80 steps")

@@ -499,6 +499,7 @@ def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: 
 # ---- 8  Evaluation: how we know that it worked ([VPD] section 6) ----------------------------------------------------
 
 ALIVE = 1e-6  # a subcomponent is alive if its mean causal importance over the evaluation set exceeds this (as in [VPD])
+KEPT = 2.5e8  # how many numbers `evaluate` keeps: 1 GB
 
 @torch.no_grad()
 def predict_importances(model, decomposition: Decomposition, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -541,8 +542,8 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
 def fresh_adversary(model, decomposition: Decomposition, cases: Callable, divergence: Divergence, positions=(),
                     movable=None, seed=0, steps=80, size=0.1) -> list[float]:  # fmt: skip
     """The attack ([VPD] section 6): the divergence after 0, 1, ... steps of sign ascent, of this size, from random
-    sources. cases(): (batch, target output, g), ..., made anew at each step. movable: bools (*positions, K), or all.
-    positions: () for ONE source per mask, shared by all of them, which finds systematic flaws and not the noise of
+    sources. cases(): (batch, target output, g), ..., asked for at each step. movable: bools (*positions, K), or all.
+    positions: () for ONE source per mask, the same at all positions, which finds systematic flaws and not the noise of
     single inputs; the shape of the positions for one at each."""
     U, V, reached = decomposition.U, decomposition.V, []
     device, K = next(iter(U.values())).device, sum(len(u) + 1 for u in U.values())
@@ -561,7 +562,7 @@ def fresh_adversary(model, decomposition: Decomposition, cases: Callable, diverg
 
 def largest_within(reached: list[float], steps=(20, 40, 80)) -> dict[str, float]:
     """{"20": the largest divergence of an attack in 20 steps, ...}. Not the last: steps of 0.1 overshoot."""
-    return {str(n): max(reached[: n + 1]) for n in steps}
+    return {str(n): torch.tensor(reached[: n + 1], dtype=torch.float64).max().item() for n in steps}  # NaN, if one is
 
 @torch.no_grad()
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None) -> dict:
@@ -573,8 +574,9 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
     U, V, bf16, device, n = decomposition.U, decomposition.V, decomposition.bf16, batches[0].device, len(batches)
     cases = lambda: ((batch, *predict_importances(model, decomposition, batch)) for batch in batches)
     _, target, g = next(cases())
-    if n * sum(x.numel() for x in (target, *g.values())) < 2.5e8:  # 1 GB
-        cases = [*cases()].copy  # they are made once; else one by one, anew at every step of the attack
+    if n * sum(x.numel() for x in (target, *g.values())) < KEPT:  # else made one by one, at every step of the attack
+        kept = list(cases())
+        cases = lambda: kept
     generator = torch.Generator(device).manual_seed(seed)
     divergences, losses = collections.defaultdict(float), collections.defaultdict(float)
     for batch, target, g in cases():
@@ -613,10 +615,9 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
 
     The gradient of value at the write, times what c adds to the write, m_c a_c U_c / ||U_c||. The last column is of the
     bias and Delta. For an embedding: (..., 1). If value is linear in the writes (no constant), they add up to it."""
-    attributed = {}
     if not value.requires_grad:  # nothing that writes is in it
-        return attributed
-    gradients = torch.autograd.grad(value, list(writes.values()), retain_graph=True, allow_unused=True)
+        return {}
+    gradients, attributed = torch.autograd.grad(value, [*writes.values()], retain_graph=True, allow_unused=True), {}
     for (path, write), gradient in zip(writes.items(), gradients):
         if gradient is None:
             continue  # it runs after what value depends on
@@ -637,7 +638,7 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
     Returns {"nodes": [{"matrix", "position", "subcomponent", "importance", "activation"}, ...],
     "edges": [{"source", "target" (numbers of nodes), "attribution", "share"}, ...]}."""
     output, activations, writes = cut_forward(model, decomposition, g, batch, embeddings)
-    nodes, number, values = [], {}, []
+    nodes, edges, number, values = [], [], {}, []
     for path, write in writes.items():
         for t, c in g[path][0, :, :-1].nonzero().tolist() if path in g else [(t, 0) for t in range(write.shape[-2])]:
             number[path, t, c] = len(nodes)
@@ -646,7 +647,6 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
             if path in g:
                 nodes[-1] |= {"importance": g[path][0, t, c].item(), "activation": values[-1].item()}
     nodes.append({"matrix": "outcome", "position": batch.shape[1] - 1, "subcomponent": 0})
-    edges = []
     for target, value in enumerate([*values, outcome(output)]):
         if value is None:
             continue  # an embedding: nothing goes into it

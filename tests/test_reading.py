@@ -483,10 +483,11 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run):
     found = json.loads((run.folder / "circuit.json").read_text())
     assert set(found["prunings"]) == {"not pruned", *gpt.PRUNINGS}
     assert found["prunings"]["importances alone"]["nodes"] <= found["prunings"]["not pruned"]["nodes"]
-    graph = found["graph"]
+    graph = found["pruned_graph"]
     assert graph["nodes"][-1]["matrix"] == "outcome" and graph["edges"]
     active = [node for node in graph["nodes"] if "importance" in node]
     assert len(active) == found["prunings"]["stochastic and adversarial"]["nodes"]
+    assert len(gpt.asked(run, "def first(")["circuit"]) > 0
 
 
 def test_means_are_weighted_within_and_over_matrices():

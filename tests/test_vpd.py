@@ -512,4 +512,16 @@ def test_the_fresh_adversary_beats_chance_and_never_the_worst_corner():
         nothing = torch.zeros(32, 6, dtype=torch.bool)  # what may not be moved stays as it was
         still = vpd.fresh_adversary(model, found, lambda: [(x, target, {"0": g})], vpd.mse, (32,), nothing, seed)
         assert len(set(still)) == 1 and still[0] < max(attack)
+        short = vpd.fresh_adversary(model, found, lambda: cases, vpd.mse, seed=seed, steps=3, size=0.02)
+        assert len(short) == 4 and short[0] == attack[0] and short[1] != attack[1]
     assert vpd.largest_within([3, 1, 4, 1, 5, 9, 2], (1, 2, 4, 6)) == {"1": 3, "2": 4, "4": 5, "6": 9}
+    assert math.isnan(vpd.largest_within([1, math.nan, 2], (2,))["2"])
+
+
+def test_evaluation_is_the_same_whether_its_cases_are_kept_or_made_anew(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    found, batches = small_decomposition(model, {"0": 5}, 0), [torch.randn(8, 4) for _ in range(2)]
+    kept = vpd.evaluate(model, found, batches, vpd.mse)
+    monkeypatch.setattr(vpd, "KEPT", 0)
+    assert vpd.evaluate(model, found, batches, vpd.mse) == kept
