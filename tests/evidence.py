@@ -329,9 +329,12 @@ def sizes(run, out: Path):
     rows = {f"C x {C:g}": headline(decomposed(run, out, f"sizes {C:g}", C)[1]) for C in (0.5, 1, 2, 4)}
     figure, panels = axes("alive", "L0", "KL, stochastic masks", "KL, fresh adversary")
     for axis, key in zip(panels, ("alive", "L0", "KL stochastic", "adversary")):
-        axis.plot([0.5, 1, 2, 4], [row[key] for row in rows.values()], marker="o")
-        axis.set(xscale="log", xlabel="subcomponents, times the preset's", ylim=0)
+        found = [row[key] for row in rows.values()]
+        axis.plot([0.5, 1, 2, 4], found, marker="o")
+        axis.set(xscale="log", xlabel="subcomponents, times the preset's", ylim=(0, 1.1 * max(found)))
+        axis.minorticks_off()
         axis.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    figure.set_size_inches(13, 3)
     return rows, {}, figure
 
 def attack(run, out: Path):
