@@ -166,8 +166,8 @@ class Toy:
                             w_frequency=2e-3 / self.features, price_start=7.5, adversary_steps=0)  # fmt: skip
         if self.identity:
             # An identity is needed, and paid for, whenever any feature is present. At the price above, that of
-            # tms_40-10-id comes apart into 64 pieces. So the price is lower, the more features are present at once.
-            # (Not for all models: with it, tms_40-10 finds 39 features of 40.)
+            # tms_40-10-id came apart into 64 pieces. So the price is lower, the more features are present at once.
+            # (Not for all models: with it, tms_40-10 found 39 features of 40.)
             price = 1e-3 / self.features / (self.density * self.features) ** 0.5
             steps = 2000 if self.features < 20 else 3500
             new = {"w_importance": price / 2, "w_frequency": price, "price_start": 6.0, "steps": steps}

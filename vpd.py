@@ -477,7 +477,7 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
         it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with equal
         threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
     glance(decomposition): figures {name: number} for log.jsonl, asked for every tenth of the run.
-    Raises BadInput: see `check`, `claim_folder`, `load_checkpoint`; if batches differ, or a loss is not finite."""
+    Raises BadInput: see `check`, `claim_folder`, `load_checkpoint`; if shapes differ, or a loss is not finite."""
     training, next_batch, after_step = open_run(model, C, get_batch, config, out, checkpoint_seconds, glance)
     if training.step == 0:
         faithfulness_warmup(model, training.decomposition, config)

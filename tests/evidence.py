@@ -11,8 +11,8 @@
     attack       20 to 320 steps of the fresh adversary, on the run and on one trained without an adversary
     attention    the pairs of subcomponents that make attention scores
 
-`attention` takes seconds, the others take half an hour to an hour and a half of one thread. A killed command goes on when
-it is repeated.
+`attention` takes seconds, the others take up to an hour and a half of one thread. A killed command goes on when it is
+repeated.
 [VPD] is "Interpreting Language Model Parameters" (2026); its figures are those of another, larger model."""
 
 from __future__ import annotations
