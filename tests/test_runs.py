@@ -313,7 +313,7 @@ def joined_step(config, rows):
     return losses, {name: x.grad for name, x in parameters.items()}, torch.cat(training.sources).detach()
 
 
-def without_chance(model, U, V, g, batch, target, divergence, generator):
+def without_chance(model, U, V, g, batch, target, divergence, generator, shrink):
     return vpd.adversarial_reconstruction(model, U, V, g, batch, target, divergence, torch.full_like(g, 0.3))
 
 

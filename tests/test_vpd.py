@@ -263,6 +263,18 @@ def start(config, seed=0, shape=(16,)):
     return model, training, x
 
 
+@pytest.mark.parametrize("shrink", [0.0, 1.0, 2.0])
+def test_random_sources_shrink_together(shrink):
+    """W = 1 in n equal parts, none of them needed: the output is the mean of n masks, u^shrink times the mean of n r's."""
+    n, positions = 50, 200_000
+    model, U, V = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False)), {"0": torch.ones(n, 1) / n}, {"0": torch.ones(1, n)}
+    model[0].weight.data.fill_(1)
+    x, g = torch.ones(positions, 1), torch.zeros(positions, n + 1)
+    loss = vpd.stochastic_reconstruction(model, U, V, g, x, x, vpd.mse, torch.Generator().manual_seed(0), shrink)
+    expected = 1 - 1 / (1 + shrink) + (1 / 4 + 1 / (12 * n)) / (1 + 2 * shrink)  # E (1 - u^s mean(r))^2, all uniform
+    assert loss.item() == pytest.approx(expected, abs=0.004)
+
+
 def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
     config = vpd.Config(G_type="mlp", adversary_lr=0.05)
     model, training, x = start(config)
@@ -284,7 +296,7 @@ def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
 
 
 def test_the_gradients_of_a_step_are_those_of_the_total_in_one_graph(monkeypatch):
-    config = vpd.Config(G_type="mlp", adversary_steps=0, w_importance=0.3, w_frequency=0.1, w_delta=0.7, clip_UV=1e9, clip_G=1e9, p_start=1.5, price_start=3.0)
+    config = vpd.Config(G_type="mlp", adversary_steps=0, w_importance=0.3, w_frequency=0.1, w_delta=0.7, clip_UV=1e9, clip_G=1e9, p_start=1.5, price_start=3.0, shrink=2.0)
     model, training, x = start(config)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # so that only rounding of float64 may differ
     model, x, found = model.double(), x.double(), training.decomposition
@@ -300,7 +312,7 @@ def test_the_gradients_of_a_step_are_those_of_the_total_in_one_graph(monkeypatch
     z = G(inputs, U, V)
     g, (S, n) = vpd.causal_importances(z, U), vpd.usage(z, 1.5)
     adversarial = vpd.adversarial_reconstruction(model, U, V, g, x, target, vpd.mse, r)
-    total = config.w_stochastic * vpd.stochastic_reconstruction(model, U, V, g, x, target, vpd.mse, copied.noise)
+    total = config.w_stochastic * vpd.stochastic_reconstruction(model, U, V, g, x, target, vpd.mse, copied.noise, config.shrink)
     total = total + config.w_adversarial * adversarial + config.w_delta * vpd.delta_l2(model, U, V)
     price = 3 * (config.w_importance * vpd.importance_minimality(S, n) + config.w_frequency * vpd.frequency_minimality(S, n))
     expected = torch.autograd.grad(total + price, leaves, retain_graph=True)  # 3: price_start, at the first step
