@@ -267,7 +267,7 @@ def kl(target: Tensor, output: Tensor) -> Tensor:
 
 def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Divergence, generator, shrink=0.0) -> Tensor:
     """Loss 1. The divergence from the target for sources ~ U(0, 1) under subset routing: one sample; scalar. ours: all
-    sources of a position are multiplied by u^shrink, u ~ U(0, 1). Of many independent ones half would always stay."""
+    sources of a position times one u^shrink, u ~ U(0, 1). Independent ones leave about half of what is not needed."""
     sources = torch.rand(g.shape, generator=generator, device=g.device, dtype=g.dtype)
     if shrink:
         sources *= torch.rand(*g.shape[:-1], 1, generator=generator, device=g.device, dtype=g.dtype) ** shrink
@@ -327,7 +327,7 @@ def ascend(ascent: torch.optim.Optimizer, sources: Tensor, gradient: Tensor) -> 
 class Config:
     """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model. Other
     comments name toys of toy_models.py. L0: the mean number of g > 0 at a position. Price: w_importance, w_frequency.
-    On a new model tune in this order: w_importance, w_delta, lr, adversary_lr, w_frequency, C."""
+    On a new model tune in this order: w_importance, w_delta, lr, adversary_lr, w_frequency, C (of `decompose`)."""
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
     lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.06 / sqrt(features) serves every size
@@ -339,10 +339,10 @@ class Config:
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: it can explode as p falls below 1 (toys: never did)
     w_stochastic: float = 0.5  # [0.5] the weights of the losses; a reconstruction loss with weight 0 is not computed
     w_adversarial: float = 0.5  # [0.5]
-    shrink: float = 0.0  # [0] of random sources, see `stochastic_reconstruction`; ours: see the preset laptop
+    shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 in laptop and gpu
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
-    w_delta: float = 0.5  # [1e7] as low as keeps Delta small: higher, parts do not merge (laptop: 1e6 L0 61, 1e4 47)
+    w_delta: float = 0.5  # [1e7] as low as keeps Delta small: higher, parts merge less (shrink 0: 1e6 L0 61, 1e4 47)
     price_start: float = 1.0  # [1] a factor on the price that falls geometrically to 1; ours: resid_mlp1 needs 120
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
@@ -527,7 +527,7 @@ def count_subcomponents(importances: Iterable[dict[str, Tensor]]) -> dict:
 
 def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one. Delta's mask is 0 in
-    all, also in "unmasked": the subcomponents alone are judged."""
+    all, also in "unmasked": the subcomponents alone are judged. "stochastic": sources ~ U(0, 1), whatever `shrink`."""
     maskings = {
         "unmasked": torch.ones_like,
         "stochastic": lambda x: x + (1 - x) * torch.rand(x.shape, generator=generator, device=x.device),

@@ -264,15 +264,20 @@ def start(config, seed=0, shape=(16,)):
 
 
 @pytest.mark.parametrize("shrink", [0.0, 1.0, 2.0])
-def test_random_sources_shrink_together(shrink):
-    """W = 1 in n equal parts, none of them needed: the output is the mean of n masks, u^shrink times the mean of n r's."""
-    n, positions = 50, 200_000
-    model, U, V = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False)), {"0": torch.ones(n, 1) / n}, {"0": torch.ones(1, n)}
-    model[0].weight.data.fill_(1)
-    x, g = torch.ones(positions, 1), torch.zeros(positions, n + 1)
-    loss = vpd.stochastic_reconstruction(model, U, V, g, x, x, vpd.mse, torch.Generator().manual_seed(0), shrink)
-    expected = 1 - 1 / (1 + shrink) + (1 / 4 + 1 / (12 * n)) / (1 + 2 * shrink)  # E (1 - u^s mean(r))^2, all uniform
-    assert loss.item() == pytest.approx(expected, abs=0.004)
+def test_all_random_sources_of_a_position_shrink_together_and_matrices_left_out_stay_whole(shrink, monkeypatch):
+    n, positions, seen = 200, 20_000, []
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    U, V = ({path: torch.ones(shape) for path in "01"} for shape in ((n, 1), (1, n)))
+    monkeypatch.setattr(vpd, "make_masks", lambda g, sources: seen.append(sources) or sources)
+    x, g = torch.ones(positions, 1), torch.zeros(positions, 2 * (n + 1))
+    vpd.stochastic_reconstruction(model, U, V, g, x, x, vpd.mse, torch.Generator().manual_seed(0), shrink)
+    left_out = torch.stack([(r == 1).all(-1) for r in vpd.by_path(seen[0], U).values()], -1)  # (positions, 2)
+    assert left_out.sum(-1).max() == 1 and left_out.any(-1).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    first, second = (r[~left_out.any(-1)] for r in vpd.by_path(seen[0], U).values())
+    assert (first.mean(-1) / second.mean(-1) - 1).abs().mean() < 0.1  # one u for both
+    mean_square = (1 / 4 + 1 / (12 * n)) / (1 + 2 * shrink)  # E (u^s)^2 E mean(r)^2
+    assert first[:, :-1].mean(-1).square().mean().item() == pytest.approx(mean_square, rel=0.05)
+    assert second[:, -1].mean().item() == pytest.approx(1 / (2 * (1 + shrink)), rel=0.05)  # Delta's, too
 
 
 def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
