@@ -181,6 +181,7 @@ small = dataclasses.replace(CONFIG, steps=3)
         (dict(model=nan_net()), r"target model's output is not finite on the first batch"),
         (dict(config=dataclasses.replace(small, G_type="transformer")), r"set G_type='mlp'"),
         (dict(config=dataclasses.replace(small, steps=0)), r"steps is 0"),
+        (dict(config=dataclasses.replace(small, shrink=-1)), r"shrink -1: .*at least 0"),
         (dict(config=dataclasses.replace(small, G_type="lstm")), r"G_type is 'lstm'"),
         (dict(config=dataclasses.replace(small, G_width=30)), r"G_width is 30 and G_heads 4: .*a width of n \* 2 \* heads"),
         (dict(model=net().double(), get_batch=lambda g: batches(g).double()), r"weight is torch.float64: call model.float\(\)"),
