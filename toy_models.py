@@ -230,7 +230,7 @@ def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
         loss.backward()
         optimizer.step(), schedule.step()
         if step % 100 == 99:
-            vpd.progress(f"target model: step {step + 1}/{steps}  loss {loss.item():.2g}", False, False)
+            vpd.progress(f"target model: step {step + 1}/{steps}  loss {loss.item():.2g}", False)
     if not toy.layers:
         model.WT.weight.data.copy_(model.W.weight.T)
 

@@ -111,8 +111,7 @@ class GPT(nn.Module):
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))  # (B, T, width)
         for block in self.h:
             x = block(x)
-        logits = self.norm(x) @ self.tokens.weight.T
-        return logits.to(x.dtype)  # the residual stream is float32; under autocast this product alone is bfloat16
+        return (self.norm(x) @ self.tokens.weight.T).to(x.dtype)  # float32, which under autocast a product is not
 
 def cross_entropy(ids: Tensor, logits: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats, scalar. ids (B, T), logits (B, T, vocabulary)."""
@@ -254,12 +253,12 @@ def read_bin(file: Path, vocabulary: int) -> np.ndarray:
         vpd.refuse(largest >= vocabulary, f"{file} holds the token id {largest}, but the vocabulary has {vocabulary}")
     return ids
 
-@functools.lru_cache
+@functools.cache
 def windows(tokens: int, T: int, validation: bool) -> tuple[np.ndarray, int]:
     """Where windows of T tokens may be cut: the starts of training or validation stretches, and the offsets in each.
     Raises BadInput if the corpus is too short to have both."""
-    stretch, least = min(STRETCH, tokens // 10), 10 * T
-    vpd.refuse(stretch < T, f"the corpus has {tokens} tokens; for windows of {T} give one with at least {least}")
+    stretch = min(STRETCH, tokens // 10)
+    vpd.refuse(stretch < T, f"the corpus has {tokens} tokens; for windows of {T} give one with at least {10 * T}")
     starts = np.arange(0, tokens - stretch + 1, stretch)
     return starts[(np.arange(len(starts)) % 10 == 9) == validation], stretch - T + 1
 
@@ -305,16 +304,16 @@ PRESETS = {
         config=vpd.Config(steps=400_000, lr=5e-5, muon=0, beta2=0.999, clip_G=math.inf, w_importance=2e-4,
                           w_frequency=1e-4, w_delta=1e7, G_width=2048, G_blocks=8, G_heads=16, G_activations=False,
                           bf16=True, **COMMON))}  # fmt: skip
-EVALUATED, SOME = 16_384, 2048  # positions of validation text; fewer in short runs: one batch for ten steps
+EVALUATED, SOME = 16_384, 2048  # positions of validation text, SOME for quick looks; short runs: a batch for ten steps
 CHECKPOINT_SECONDS = 60  # what a kill costs at most, but for the warm-up; five times that where checkpoints are large
 
 def validation_batches(ids: np.ndarray, preset: Preset, device: str, positions: int = 0) -> list[Tensor]:
     """The evaluation set, or its first positions, for the target's curve and the decomposition alike: (n, T), n no more
     than 8 and than in a micro-batch, so that it fits where a step does."""
     T, B, generator = preset.shape.context, preset.batch, torch.Generator().manual_seed(12345)
-    number = max(1, min(-(-(positions or EVALUATED) // (B * T)), preset.config.steps // 10))
+    number = max(1, min(math.ceil((positions or EVALUATED) / (B * T)), preset.config.steps // 10))
     rows = torch.cat([sample(ids, T, B, True, generator) for _ in range(number)]).to(device)
-    return list(rows.split(math.gcd(8, B // preset.config.accumulate)))
+    return list(rows.split(math.gcd(8, B // preset.config.accumulate // vpd.processes())))
 
 @torch.no_grad()
 def validation_loss(model: GPT, batches: list[Tensor], bf16: bool = False) -> float:
@@ -371,11 +370,11 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
         step += 1
         record["seconds"] = time.monotonic() - began
         if step % max(1, steps // 50) == 0 or step == steps:
-            record["curve"].append((step, ce := validation_loss(model, validation, bf16)))
-            left, milestone = record["seconds"] / step * (steps - step), step % max(1, steps // 5) == 0
+            ce, left = validation_loss(model, validation, bf16), record["seconds"] / step * (steps - step)
+            record["curve"].append((step, ce))
             line = f"target: step {step}/{steps}  validation loss {ce:.3f}  {left:.0f} s left"
             if vpd.rank() == 0:
-                vpd.progress(line, step == steps, milestone or step == steps)
+                vpd.progress(line, step == steps or step % max(1, steps // 5) == 0)
         if vpd.rank() == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
             saved, state = time.monotonic(), {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             with vpd.replacing(unfinished) as file:
@@ -453,7 +452,7 @@ SETTINGS = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps":
 class Run:
     """A run folder, open: what its first two stages have left."""
     folder: Path
-    settings: dict  # see `open_run`
+    settings: dict  # see SETTINGS
     preset: Preset
     model: GPT  # the target
     ids: np.ndarray  # the corpus
@@ -463,7 +462,7 @@ class Run:
     device: str
 
 def sized(preset: Preset, shape: Shape) -> Preset:
-    """The preset for this shape: C in the proportions of the published run, G twice as wide and half as deep as it."""
+    """The preset for this shape: C as in the published run, in proportion; G twice its width, half its depth."""
     parts = {"attn.q": 2 / 3, "attn.k": 2 / 3, "attn.v": 4 / 3, "attn.o": 4 / 3, "mlp.up": 4, "mlp.down": 14 / 3}
     heads = max(1, shape.width // 64)
     C = {matrix: max(1, round(part * shape.width)) for matrix, part in parts.items()}
@@ -504,10 +503,10 @@ def corpus(data: str, preset: Preset, places: list[Path]) -> tuple[np.ndarray, T
         tokenizer = Tokenizer(**json.loads((made[0] / "tokenizer.json").read_text()))
         ids = np.load(made[0] / "tokens.npy", mmap_mode="r")
     else:
-        text, gpt2 = read_text(Path(data)) if data else standard_library(), places[-1] / "config.json"
-        tokenizer = gpt2_tokenizer(places[-1]) if gpt2.exists() else Tokenizer.learn(text, preset.shape.vocabulary)
-        more, vocabulary = len(tokenizer.bytes), preset.shape.vocabulary
-        vpd.refuse(more > vocabulary, f"the tokenizer has {more} tokens, but the model {vocabulary}: give its own")
+        text, of_gpt2 = read_text(Path(data)) if data else standard_library(), (places[-1] / "config.json").exists()
+        tokenizer = gpt2_tokenizer(places[-1]) if of_gpt2 else Tokenizer.learn(text, preset.shape.vocabulary)
+        n, vocabulary = len(tokenizer.bytes), preset.shape.vocabulary
+        vpd.refuse(n > vocabulary, f"the tokenizer has {n} tokens, but the model {vocabulary}: give its own")
         ids = tokenizer.encode(text)
     windows(len(ids), preset.shape.context, True)  # is it long enough?
     return ids, tokenizer
@@ -533,7 +532,7 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
             model, record = load_gpt2(places[1]), {"curve": [], "seconds": 0.0}
         else:
             model, record = GPT(preset.shape), None
-        if record and not record["curve"]:  # it was not trained here
+        if record and not record["curve"]:  # a GPT-2 that was trained elsewhere
             preset = sized(preset, model.shape)
         shape = replace(model.shape, context=min(model.shape.context, preset.shape.context))
         steps = settings["steps"] or preset.config.steps
@@ -548,7 +547,7 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "settings.json").exists():  # first: with the settings alone a killed run can be resumed
             write(folder / "settings.json", json.dumps(settings))
-        if record and not (folder / "target.pt").exists():  # it was not trained here
+        if record and not (folder / "target.pt").exists():  # --init-from brought it
             save_target(model, record, folder)
         if tokenizer and not (folder / "tokenizer.json").exists():
             with vpd.replacing(folder / "tokens.npy") as file:  # first: tokenizer.json says that it is whole
@@ -572,21 +571,22 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
 
 def glance(model: GPT, batches: list[Tensor], found: vpd.Decomposition) -> dict[str, float]:
     """How good a decomposition is by now, on a few validation batches: KL, L0 and alive, for the log."""
-    cases = [(batch, *vpd.predict_importances(model, found, batch)) for batch in batches]
-    counts, kl = vpd.count_subcomponents(g for _, _, g in cases)["total"], collections.Counter()
-    for batch, target, g in cases:
+    counts = vpd.count_subcomponents(vpd.predict_importances(model, found, batch)[1] for batch in batches)["total"]
+    kl = collections.Counter()
+    for batch in batches:  # one at a time, as large models need it
+        target, g = vpd.predict_importances(model, found, batch)
         for name, masks in vpd.evaluation_masks(g, torch.Generator(batch.device).manual_seed(0)):
             if name in ("stochastic", "rounded_0"):
                 with torch.no_grad(), vpd.precision(batch.device, found.bf16):
                     output = vpd.masked_forward(model, found.U, found.V, masks, batch)
-                kl["validation KL " + label(name)] += vpd.kl(target, output).item() / len(cases)
+                kl["validation KL " + label(name)] += vpd.kl(target, output).item() / len(batches)
     names = {"l0": "L0", "l0_above_0.1": "L0 above 0.1", "alive": "alive"}
     return dict(kl) | {f"validation {name}": counts[key] for key, name in names.items()}
 
 def load(folder: str | Path, device: str = "cpu") -> Run:
     """A finished run, to work with in Python: its model, decomposition, tokenizer, corpus (`ids`). Raises BadInput."""
     choose_precision(device)
-    return open_run(chosen_settings({}, Path(folder), False, True), Path(folder), device)
+    return open_run(chosen_settings({}, Path(folder), resume=False, reading=True), Path(folder), device)
 
 # ---- The evaluation, stage 3 ----------------------------------------------------------------------------------------
 
@@ -633,19 +633,18 @@ def evaluate(run: Run) -> dict:
     if run.tokenizer:
         ids = torch.cat([batch.flatten() for batch in batches]).tolist()
         bits_per_byte = ce / math.log(2) * len(ids) / sum(len(run.tokenizer.bytes[i]) for i in ids)
+        prompt = batches[0][:1, : run.preset.shape.context // 2]
+        lines = [f"--- the prompt\n{run.tokenizer.decode(prompt[0].tolist())}"]
+        for masking in vpd.with_progress(("target", "unmasked", "stochastic", "rounded_0", "g"), "continuations"):
+            lines.append(f"--- {label(masking)}\n{continuation(run, prompt, 60, masking)}")
+        write(folder / "continuations.txt", "\n".join(lines))
+        print("\n".join(lines))
     target = {"ce": ce, "bits_per_byte": bits_per_byte, "parameters": sum(x.numel() for x in run.model.parameters())}
     metrics = run.settings | {"target": target | {"curve": curve}, "ce_above_target": above}
     if curve and abs(curve[-1][1] - ce) < 1e-3:  # measured on the same text
         metrics["compute_recovered"] = {masking: compute_recovered(curve, ce + x) for masking, x in above.items()}
     metrics |= {"kl": figures.pop("divergence")} | figures
     vpd.draw_run(metrics, log := folder / "decomposition" / "log.jsonl", folder / "training.png")
-    if run.tokenizer:
-        prompt = batches[0][:1, : run.preset.shape.context // 2]
-        lines = [f"--- the prompt\n{run.tokenizer.decode(prompt[0].tolist())}"]
-        for masking in vpd.with_progress(("target", "unmasked", "stochastic", "rounded_0", "g"), "continuations"):
-            lines.append(f"--- {label(masking)}\n{continuation(run, prompt, 60, masking)}")
-        (folder / "continuations.txt").write_text("\n".join(lines), encoding="utf-8")
-        print("\n".join(lines))
     seconds = json.loads(log.read_text().splitlines()[-1])["seconds"]
     spent = {"target": run.record["seconds"], "decomposition": seconds, "evaluation": time.monotonic() - began}
     step, tokens = seconds / config.steps, run.preset.batch * run.preset.shape.context  # of a step
@@ -687,11 +686,11 @@ def observe(run: Run) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         with vpd.precision(run.device, run.decomposition.bf16):
             _, inputs = vpd.forward_with_inputs(run.model, U, batch)
             importances = vpd.causal_importances(run.decomposition.G(inputs, U, V), U)
-            activations = {path: inputs[path] @ V[path] * U[path].norm(dim=-1) for path in U}
-        for path, x in vpd.by_path(importances, U).items():
-            g[path].append(x[..., :-1].half())
-            a[path].append(activations[path].half())
-    return torch.cat(batches), *({path: torch.cat(each.pop(path)) for path in U} for each in (g, a))  # pop: it is freed
+            for path, x in vpd.by_path(importances, U).items():
+                g[path].append(x[..., :-1].half())
+                a[path].append((inputs[path] @ V[path] * U[path].norm(dim=-1)).half())
+    g, a = ({path: torch.cat(each.pop(path)) for path in U} for each in (g, a))  # pop: it is freed
+    return torch.cat(batches), g, a
 
 def mean_importances(run: Run) -> dict[str, Tensor]:
     """Of every subcomponent over the evaluation set, {path: (C,)}, from metrics.json."""
@@ -710,7 +709,7 @@ def firing(g: Tensor, most: int | None = None) -> dict[int, Tensor]:
     return {c: g[..., c] > FIRES for c in sorted(fired.tolist())}
 
 def neighbourhood(ids: Tensor, vocabulary: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of this token, the one before and the one after: ids (N, T), -1 where none is; shares (vocabulary,)."""
+    """{side: (ids (N, T), -1 where none is; share of each id (vocabulary,))}, of a token and its two neighbours."""
     padded = F.pad(ids, (1, 1), value=-1)
     sides = {"this token": ids, "the token before": padded[:, :-2], "the token after": padded[:, 2:]}
     return {side: (x, torch.bincount(x[x >= 0], minlength=vocabulary) / (x >= 0).sum()) for side, x in sides.items()}
@@ -738,7 +737,7 @@ def examples(ids: Tensor, g: Tensor, a: Tensor, fires: Tensor, generator: torch.
     for n, t in places[torch.randperm(len(places), generator=generator)[:EXAMPLES].to(places.device)].tolist():
         window = slice(max(0, t - AROUND), t + AROUND + 1)
         importance, strength = (9 * g[n, window]).ceil(), (9 * a[n, window] / largest).round().clamp(-9, 9)
-        chosen.append([*(x.int().tolist() for x in (ids[n, window], importance, strength)), t - window.start])
+        chosen.append([ids[n, window].tolist(), importance.int().tolist(), strength.int().tolist(), t - window.start])
     return chosen
 
 def readout(model: GPT) -> Tensor:
@@ -749,19 +748,19 @@ def readout(model: GPT) -> Tensor:
 
 def describe_all(run: Run, ids: Tensor, g: dict[str, Tensor], a: dict[str, Tensor]) -> list[dict]:
     """The subcomponents that fire, in each matrix at most PARTS / matrices, the most important, with what one needs to
-    judge them, the clearest first. Arguments: of `observe`. "density": share of positions where it fires; "importance":
-    mean there; "moves", "lowers": the tokens that it raises and lowers most there, for matrices of TO_STREAM."""
+    judge them, the clearest first. ids, g, a: of `observe`. "density": share of positions where it fires; "importance":
+    mean there; "raises", "lowers": the tokens that it raises and lowers most there, for matrices of TO_STREAM."""
     sides, E, parts = neighbourhood(ids, run.preset.shape.vocabulary), readout(run.model), []
     for path in vpd.with_progress(g, "subcomponents, by matrix"):
         for c, fires in firing(g[path], PARTS // len(g)).items():
-            moves, lowers, (score, by, tokens) = [], [], clearness(sides, fires)
+            raises, lowers, (score, by, tokens) = [], [], clearness(sides, fires)
             importance, activation = (x[path][..., c][fires].float().mean() for x in (g, a))
             if path.endswith(TO_STREAM):
                 raised = E @ run.decomposition.U[path][c].detach() * activation.sign()  # (vocabulary,)
-                moves, lowers = raised.topk(6).indices.tolist(), raised.neg().topk(6).indices.tolist()
+                raises, lowers = raised.topk(6).indices.tolist(), raised.neg().topk(6).indices.tolist()
             parts.append({"name": f"{path}:{c}", "matrix": path, "c": c, "fires": int(fires.sum()),
                           "density": fires.float().mean().item(), "importance": importance.item(), "clearness": score,
-                          "by": by, "tokens": tokens, "moves": moves, "lowers": lowers})  # fmt: skip
+                          "by": by, "tokens": tokens, "raises": raises, "lowers": lowers})  # fmt: skip
     return sorted(parts, key=lambda part: -part["clearness"])
 
 def shown(run: Run, token: int) -> str:
@@ -777,7 +776,7 @@ def components(run: Run, ids: Tensor, g: dict[str, Tensor]) -> dict:
     least = max(vpd.ALIVE, torch.cat(list(means.values())).sort(descending=True).values[:1500].min().item())
     kept = {path: mean >= least for path, mean in means.items()}
     names = [f"{path}:{c}" for path, mask in kept.items() for c in mask.nonzero()[:, 0].tolist()]
-    active = torch.cat([g[path][..., mask] for path, mask in kept.items()], -1) > 0.01  # (N, T, alive)
+    active = torch.cat([g[path][..., mask] for path, mask in kept.items()], -1) > 0.01  # (N, T, kept)
     found, groups = vpd.cluster(active), []
     for columns in sorted(found["groups"], key=len, reverse=True):
         where = active[..., columns].any(-1)
@@ -794,7 +793,8 @@ def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
     ([VPD]'s dataset-aggregated attributions). {name: {"sources", "targets": [(name, sum), ...]}}, the 5 strongest."""
     model, found = run.model, run.decomposition
     total, strongest = collections.defaultdict(float), {part["name"]: {"sources": [], "targets": []} for part in parts}
-    for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device, SOME), "attributions"):
+    some = SOME * 12 // len(found.U)  # of more matrices less text: a page in minutes, however large the model
+    for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device, some), "attributions"):
         _, g = vpd.predict_importances(model, found, batch)
         _, activations, writes = vpd.cut_forward(model, found, g, batch)
         for target in parts[: FLOWS // len(found.U)]:
@@ -806,10 +806,10 @@ def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
     pairs = [(f"{source}:{i}", target, x[i].item()) for (source, target), x in total.items()
              for i in x.abs().topk(min(20, len(x))).indices.tolist()]  # fmt: skip
     for source, target, x in sorted(pairs, key=lambda pair: -abs(pair[2])):
-        for name, side, other in ((target, "sources", source), (source, "targets", target)):
-            if x and {name, other} <= strongest.keys() and len(strongest[name][side]) < 5:
-                strongest[name][side].append((other, x))
-    return strongest
+        if x and source in strongest:  # some sources are not on the page
+            strongest[target]["sources"].append((source, x))
+            strongest[source]["targets"].append((target, x))
+    return {name: {side: others[:5] for side, others in sides.items()} for name, sides in strongest.items()}
 
 def asked(run: Run, prompt: str) -> dict:
     """A prompt for the page: its tokens, the parts that fire at each, and its circuit if there is one."""
@@ -820,13 +820,13 @@ def asked(run: Run, prompt: str) -> dict:
         for t, c in (x[0, :, :-1] > FIRES).nonzero().tolist():
             active[t].append((f"{path}:{c}", x[0, t, c].item()))
     result = {"ids": ids[0].tolist(), "active": [sorted(parts, key=lambda part: -part[1])[:200] for parts in active]}
-    newest_last = sorted(run.folder.glob("circuit*.json"), key=lambda file: file.stat().st_mtime)
-    for made in (made for file in newest_last if (made := json.loads(file.read_text()))["prompt"] == prompt):
-        graph = made["pruned_graph"]
+    saved = [json.loads(file.read_text()) for file in sorted(run.folder.glob("circuit*.json"), key=os.path.getmtime)]
+    if matching := [made for made in saved if made["prompt"] == prompt]:
+        graph = matching[-1]["pruned_graph"]  # the newest
         nodes = [(node["position"], f"{node['matrix']}:{node['subcomponent']}") for node in graph["nodes"]]
         rows = [(*nodes[n], [(nodes[edge["source"]][1], edge["attribution"]) for edge in edges[:3]])
                 for n, edges in edges_into(graph).items() if edges]  # fmt: skip
-        result |= {"token": made["token"], "circuit": rows[::-1]}
+        result |= {"token": matching[-1]["token"], "circuit": rows[::-1]}
     return result
 
 def report(run: Run, prompts: list[str]) -> str:
@@ -846,8 +846,8 @@ def report(run: Run, prompts: list[str]) -> str:
         name, fires = part["name"], importance > FIRES
         part["examples"] = examples(ids, importance, activation, fires, generator)
         around = {side: commonest(tokens, fires) for side, tokens in seen.items()}
-        bars = {"activation": activation[fires], "importance": importance[importance > 0]}
-        bars = {of: [x.min().item(), x.max().item(), x.cpu().histc(20).int().tolist()] for of, x in bars.items()}
+        values = {"activation": activation[fires], "importance": importance[importance > 0]}
+        bars = {of: [x.min().item(), x.max().item(), x.cpu().histc(20).int().tolist()] for of, x in values.items()}
         group = group_of.get(name, -1)  # -1: its mean importance is too low
         part |= {"around": around, "bars": bars, "match": matches.get(name), "group": group, **flow[name]}
     all_firing, most = sum(int((x.amax((0, 1)) > FIRES).sum()) for x in g.values()), PARTS // len(g)
@@ -862,10 +862,10 @@ def report(run: Run, prompts: list[str]) -> str:
     picture = base64.b64encode((run.folder / "training.png").read_bytes()).decode()
     page = PAGE.replace("@@TABLE@@", html.escape(table(metrics))).replace("@@PICTURE@@", picture)
     write(run.folder / "report.html", page.replace("@@LEFT_OUT@@", left_out).replace("@@DATA@@", data))
-    lines, first = [], {part["name"] for path in g for part in [x for x in parts if x["matrix"] == path][:2]}
-    for part in [part for part in parts if part["name"] in first][:20]:
+    lines, clearest = [], {path: [part for part in parts if part["matrix"] == path][:2] for path in g}
+    for part in [part for part in parts if part in clearest[part["matrix"]]][:20]:
         tokens = ", ".join(f"{shown(run, token)} {share:.0%}" for token, share in part["tokens"])
-        raises = "; raises " + " ".join(shown(run, token) for token in part["moves"][:4]) if part["moves"] else ""
+        raises = "; raises " + " ".join(shown(run, token) for token in part["raises"][:4]) if part["raises"] else ""
         where = f"{part['name']:18s} fires {part['fires']:4d} times; {part['by']}: {tokens}{raises}"
         lines.append(f"clearness {part['clearness']:.2f}  {where}")
     lines.append("groups: {found}, {span} of them over several layers; to say what is active at a token takes "
@@ -876,16 +876,16 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 <title>The parts of a language model</title><style>
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --fire: 255, 150, 0 }
 body { font: 14px/1.5 system-ui, sans-serif; margin: 1em auto; max-width: 1200px; padding: 0 1em }
-pre, section, .wide { overflow-x: auto } img { max-width: 32% } input, button, select { font: inherit; padding: 4px }
-#search { width: min(30em, 90%) } table { border-collapse: collapse } .list { width: 100% }
+pre, section, .wide { overflow-x: auto } img { max-width: max(32%, 350px) } table { border-collapse: collapse }
+input, button, select { font: inherit; padding: 4px } #search { width: min(30em, 90%) } .list { width: 100% }
 th, td { text-align: left; padding: 2px 8px; border-bottom: 1px solid var(--line); vertical-align: top }
 .row, .cell, a, .token { cursor: pointer } .row:hover, .row:focus, .cell:hover, .on { background: var(--soft) }
 code, .bars, .example { font: 13px/1.8 ui-monospace, monospace; white-space: pre }
 code { background: var(--soft); margin-right: 4px } .cell, #body td:nth-child(2) { white-space: nowrap }
-.example { display: grid; grid-template-columns: 1fr auto 1fr; width: min(1130px, 90vw) }
+.example { display: grid; grid-template-columns: 1fr auto 1fr; width: min(1130px, 80vw) }
 .example > * { overflow: hidden; min-width: 0 } .example > :first-child { text-align: right; direction: rtl }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 0 2em }
-@media (max-width: 600px) { .late { display: none } .facts { grid-template-columns: 1fr } img { max-width: 100% } }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); gap: 0 2em }
+@media (max-width: 600px) { .late { display: none } code, .bars { white-space: pre-wrap; overflow-wrap: anywhere } }
 </style><h1>The parts of a language model</h1>
 <p>Every weight matrix of this model was written as a sum of <em>parts</em>, each of which reads one direction and
 writes one. A part <em>fires</em> at a token where it is needed for the output: its causal importance exceeds 0.1. All
@@ -905,7 +905,7 @@ commonest tokens where they are active.</p><table class="list" id="grouped"></ta
 </section><script type="application/json" id="data">@@DATA@@</script><script>
 const get = id => document.getElementById(id), data = JSON.parse(get('data').textContent), words = data.vocabulary
 const visible = text => text.replace(/\n/g, '\u23ce').replace(/\t/g, '\u2192') // one line each
-const named = new Map(data.parts.map(p => [p.name, p]))
+const named = new Set(data.parts.map(p => p.name))
 function add(parent, tag, text = '', style = '', click = null) {
   const e = document.createElement(tag); e.textContent = text; e.className = style; parent.append(e)
   if (click) Object.assign(e, { onclick: click, tabIndex: 0, onkeydown: k => k.key == 'Enter' && click(k) })
@@ -927,11 +927,11 @@ function links(parent, title, list) {
 }
 const bars = ([least, most, n]) => least + ' ' + n.map(x => ' \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588'[
   Math.ceil(8 * x / Math.max(...n))]).join('') + ' ' + most
-const columns = [['part', p => p.matrix + ':' + String(p.c).padStart(5)], ['fires on', p => p.density],
+const columns = [['part', p => p.name.replace(/\d+/g, n => n.padStart(5))], ['fires on', p => p.density],
   ['importance', p => p.importance], ['clearness', p => p.clearness], ['where it fires', p => p.by],
-  ['raises', p => p.moves.length]]
+  ['raises (attn.o, mlp.down)', p => p.raises.length]]
 for (const p of data.parts)
-  p.text = [p.name, ...p.tokens.map(t => words[t[0]]), ...p.moves.map(t => words[t])].join('\n').toLowerCase()
+  p.text = [p.name, ...p.tokens.map(t => words[t[0]]), ...p.raises.map(t => words[t])].join('\n').toLowerCase()
 let sorted = 3, up = false, limit = 100
 columns.forEach(([title], i) => add(get('head'), 'th', title, i == 2 || i == 5 ? 'late' : '',
   () => { up = sorted == i ? !up : i == 0; sorted = i; draw() }))
@@ -946,7 +946,7 @@ function draw(open = '') {
     const toggle = () => { opened = opened ? opened.remove() : show(p, row) }, row = add(body, 'tr', '', 'row', toggle)
     add(row, 'td', p.name), add(row, 'td', (100 * p.density).toPrecision(2) + ' %')
     add(row, 'td', p.importance.toFixed(2), 'late'), add(row, 'td', p.clearness.toFixed(2))
-    tokens(add(row, 'td'), p.tokens, p.by + ': '), tokens(add(row, 'td', '', 'late'), p.moves)
+    tokens(add(row, 'td'), p.tokens, p.by + ': '), tokens(add(row, 'td', '', 'late'), p.raises)
     if (p.name == open) { toggle(); row.scrollIntoView() }
   })
 }
@@ -955,7 +955,7 @@ function show(p, row) {
   cell.colSpan = columns.length; row.after(opened)
   for (const [side, list] of Object.entries(p.around)) tokens(facts, list, side + ': ')
   for (const [of, x] of Object.entries(p.bars)) add(facts, 'div', of + ': ' + bars(x), 'bars')
-  if (p.moves.length) tokens(facts, p.moves, 'raises: '), tokens(facts, p.lowers, 'lowers: ')
+  if (p.raises.length) tokens(facts, p.raises, 'raises: '), tokens(facts, p.lowers, 'lowers: ')
   links(facts, 'strongest sources, summed over some text: ', p.sources), links(facts, 'strongest targets: ', p.targets)
   if (p.match) add(facts, 'div', 'best match in the compared run: ' + p.match.join(', cosine '))
   if (p.group >= 0) links(facts, 'group ' + p.group + ': ', data.groups[p.group].members.map(name => [name]))
@@ -963,7 +963,7 @@ function show(p, row) {
     const line = add(cell, 'div', '', 'example'), sides = [0, 1, 2].map(() => add(add(line, 'span'), 'bdi'))
     ids.forEach((id, i) => {
       const span = add(sides[i < at ? 0 : i == at ? 1 : 2], 'span', visible(words[id]))
-      span.style.background = `rgba(var(--fire), ${g[i] / 9})`
+      span.style.background = `rgba(var(--fire), ${g[i] / 9})`; if (g[i] > 6) span.style.color = 'black'
       span.style.borderBottom = `3px solid rgba(${a[i] > 0 ? '0, 110, 230' : '220, 0, 60'}, ${Math.abs(a[i]) / 9})`
       span.title = `importance ${(g[i] / 9).toFixed(1)}, activation ${(a[i] / 9).toFixed(1)} of the largest`
     })
@@ -1266,8 +1266,8 @@ def chosen_settings(given: dict, folder: Path, resume: bool, reading: bool) -> d
         other = ", ".join(f"--{name.replace('_', '-')}" for name, value in given.items() if value != own[name])
         vpd.refuse(other, f"{folder} was made with another {other}: leave it out, or make a new run with another --out")
         return own
-    limits = {"seed": (0, 10**9 - 1), "steps": (1, math.inf), "C": (0.001, 100)}
-    for name, (least, most) in (limits | {"batch": (1, 10**6), "accumulate": (1, 10**6)}).items():
+    limits = {"seed": (0, 1e9 - 1), "steps": (1, math.inf), "batch": (1, 1e6), "accumulate": (1, 1e6), "C": (1e-3, 100)}
+    for name, (least, most) in limits.items():
         value = given.get(name, least)
         vpd.refuse(not least <= value <= most, f"--{name} is {value:g}: give {least:g} to {most:g}")
     if vpd.rank() == 0:  # the other processes come after process 0, which has claimed the folder
@@ -1321,12 +1321,12 @@ def choose_precision(device: str) -> None:
 
 def command(options: argparse.Namespace) -> None:
     """Make a run, go on with one, or read one. Raises BadInput."""
-    asked = [name for name in READINGS if getattr(options, name) is not None]
-    vpd.refuse(len(asked) > 1, f"--{' --'.join(asked)}: ask for one of them at a time")
+    readings = [name for name in READINGS if getattr(options, name) is not None]
+    vpd.refuse(len(readings) > 1, f"--{' --'.join(readings)}: ask for one of them at a time")
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     folder, device = options.out or Path("runs") / given.get("preset", SETTINGS["preset"]), options.device
     if "LOCAL_RANK" in os.environ:  # under torchrun
-        vpd.refuse(asked, "a run is read by one process: leave out torchrun")
+        vpd.refuse(readings, "a run is read by one process: leave out torchrun")
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
@@ -1337,10 +1337,10 @@ def command(options: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError):
         raise vpd.BadInput(f"there is no device {device!r} here: give --device cpu, or leave it out") from None
     with vpd.rank_0_first():
-        settings = chosen_settings(given, folder, options.resume, bool(asked))
+        settings = chosen_settings(given, folder, options.resume, bool(readings))
     run = open_run(settings, folder, device)
-    if asked:
-        print(READINGS[asked[0]](run, options))
+    if readings:
+        print(READINGS[readings[0]](run, options))
     elif vpd.rank() == 0:
         print(f"{table(evaluate(run))}\npictures and metrics.json are in {folder}")
     if torch.distributed.is_initialized():

@@ -22,7 +22,7 @@ One mask by hand: three subcomponents have importances g = (1, 0.8, 0) and sourc
 m = (1, 0.85, 0.3). The first is needed: it stays whole, whatever its source. The second can lose at most a fifth of
 itself, here 0.8 + 0.2 * 0.25 = 0.85. The third is not needed: its mask is its source.
 
-Read from top to bottom (named early: Config, of section 6, and BadInput, of section 10). A learner can stop after 9:
+Read from top to bottom (named early: Config, of section 6, and helpers of section 10). A learner can stop after 9:
 
     1  Subcomponents: the forward pass with masked weights     6  Settings, and the training step: the heart
     2  From scores to masks                                    7  decompose: the warm-up and the loop
@@ -77,8 +77,7 @@ def forward_with_inputs(model: nn.Module, paths, batch: Tensor) -> tuple[Tensor,
     """The plain forward pass: the target model's output, and the input (..., d_in) of every matrix in `paths`."""
     inputs = {}
     def record(path, module, args, output):
-        if path in inputs:
-            raise BadInput(f"{path} runs twice in a forward pass: only matrices that run once can be decomposed")
+        refuse(path in inputs, f"{path} runs twice in a forward pass: only matrices that run once can be decomposed")
         inputs[path] = args[0]
     with _hooked(model, paths, record):
         output = model(batch)
@@ -174,8 +173,7 @@ def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> 
 
 # ---- 3  Causal importance functions: who predicts the scores --------------------------------------------------------
 # Both turn the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, into raw scores
-# (..., sum C). `Config.G_type` says which is used. Both are made from shapes = {path: (d_in, C)} and the settings, of
-# which the MLPs use none, and are called with the inputs, U and V.
+# (..., sum C). Both are made from shapes = {path: (d_in, C)} and the settings; `Config.G_type` says which is used.
 
 def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
     """||U_c|| V_c^T x of every subcomponent, (..., sum C), for inputs x of the matrices {path: (..., d_in)}."""
@@ -429,7 +427,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
         losses += reconstruct(model, part, divergence, training, config, target, g_leaf, sources)
         # Both gradients of g have added up in g_leaf; one backward pass takes the sum through G
         once = [config.w_delta * loss_delta] if sources is training.sources[-1] else []  # no part of the batch
-        gradients = [price, g_leaf.grad, *(None for _ in once)]  # None means 1
+        gradients = [price, g_leaf.grad] + [None] * len(once)  # None means 1
         torch.autograd.backward([S_part, g, *once], gradients, inputs=[*UV, *G_parameters])
     global_mean([x.grad for x in [*UV, *G_parameters]])
     values = {"stochastic": losses[0], "adversarial": losses[1], "importance_minimality": loss_importance}
@@ -450,7 +448,7 @@ def reconstruct(model, part, divergence, training: Training, config: Config, tar
     with precision(part.device, config.bf16):
         for _ in range(config.adversary_steps if config.w_adversarial else 0):
             loss = adversarial_reconstruction(model, U, V, g, part, target, divergence, sources)
-            ascend(training.ascent, sources, *torch.autograd.grad(loss, sources))
+            ascend(training.ascent, sources, torch.autograd.grad(loss, sources)[0])
         if config.w_stochastic:
             loss = stochastic_reconstruction(model, U, V, g, part, target, divergence, training.noise, config.shrink)
             (config.w_stochastic / n * loss).backward(inputs=leaves)
@@ -640,7 +638,8 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
     output, activations, writes = cut_forward(model, decomposition, g, batch, embeddings)
     nodes, edges, number, values = [], [], {}, []
     for path, write in writes.items():
-        for t, c in g[path][0, :, :-1].nonzero().tolist() if path in g else [(t, 0) for t in range(write.shape[-2])]:
+        places = g[path][0, :, :-1].nonzero().tolist() if path in g else [(t, 0) for t in range(write.shape[-2])]
+        for t, c in places:
             number[path, t, c] = len(nodes)
             nodes.append({"matrix": path, "position": t, "subcomponent": c})
             values.append(activations[path][0, t, c] if path in g else None)
@@ -714,7 +713,7 @@ def cluster(active: Tensor, alpha: float = 3.0) -> dict:
         k, s = len(groups), both.diagonal()
         costs.append((s * (math.log2(k) + alpha * rank)).sum().item())
         if costs[-1] <= min(costs):
-            best = [(n, group) for n, group in zip(s.tolist(), groups)]
+            best = list(zip(s.tolist(), groups))
         if k == 1:
             break
         # What a merger changes, without what is the same for all pairs: where only one of the two is active, the other
@@ -795,8 +794,8 @@ def finite_numbers(values: dict[str, Tensor], target: Tensor, step: int) -> dict
     """Scalars as numbers, the mean over all processes. Raises BadInput, which names the first that is not finite."""
     global_mean([stacked := torch.stack([x.detach() for x in values.values()])])  # all are synchronised at once
     numbers = dict(zip(values, stacked.tolist()))
-    for name in [name for name, number in numbers.items() if not math.isfinite(number)]:
-        name = name if target.isfinite().all() else "target model's output"
+    if bad := [name for name, number in numbers.items() if not math.isfinite(number)]:
+        name = bad[0] if target.isfinite().all() else "target model's output"
         raise BadInput(f"the {name} is not finite at step {step}: lower lr, or look at the data")
     return numbers
 
@@ -916,7 +915,7 @@ def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Conf
     try:
         old = json.loads(path.read_text())
         differ = [k for part in ("config", "C") for k in run[part] | old[part] if run[part].get(k) != old[part].get(k)]
-        differ = ", ".join(differ + [key for key in list(run)[2:] if run[key] != old[key]])
+        differ = ", ".join(differ + [key for key in run if key not in ("config", "C") and run[key] != old[key]])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} cannot be read: choose another folder, or delete {folder}") from None
     refuse(differ, f"{folder} holds another run (it differs in: {differ}): choose another folder, or delete it")
@@ -1003,10 +1002,11 @@ def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposit
     (G := importance_function(state["V"], config).to(device)).load_state_dict(state["G"])
     return Decomposition(state["U"], state["V"], G, config.bf16)
 
-def progress(line: str, last: bool, milestone: bool) -> None:
-    """Show a line of progress: on a terminal over the one before, in a file or a pipe only at milestones."""
-    if sys.stderr.isatty():
-        print(f"\r{line}\033[K", end="\n" if last else "", file=sys.stderr, flush=True)
+def progress(line: str, milestone: bool) -> None:
+    """Show a line of progress: on a terminal over the last, unless that was a milestone; elsewhere milestones alone."""
+    if sys.stderr.isatty():  # a line that wraps could not be written over: cut it
+        cut = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+        print("\r\033[K" + (f"{line}\n" if milestone else line[:cut]), end="", file=sys.stderr, flush=True)
     elif milestone:
         print(line, file=sys.stderr, flush=True)
 
@@ -1017,14 +1017,14 @@ def with_progress(items: Iterable, what: str) -> Iterator:
         yield item
         if rank() == 0 and (spent := time.monotonic() - began) > 5:
             line = f"{what}: {number}/{len(items)}  {spent / number * (len(items) - number):.0f} s left"
-            progress(line, number == len(items), number % max(1, len(items) // 4) == 0)
+            progress(line, number == len(items) or number % max(1, len(items) // 4) == 0)
 
 def log_step(values: dict[str, float], training: Training, config: Config, folder: Path | None) -> None:
     """One line of progress, with the time left, on the terminal; the same numbers, in full, appended to log.jsonl."""
     step, steps, rate = training.step, config.steps, training.step / training.seconds
-    shown = [f"{name.split('_')[0]} {x:.2g}" for name, x in values.items() if not name.startswith("gradient")]
-    line = "  ".join([f"step {step}/{steps}", *shown, f"{rate:.0f} steps/s", f"{(steps - step) / rate:.0f} s left"])
-    progress(line, step == steps, step == steps or step % (20 * max(1, steps // 200)) == 0)
+    shown = [f"{name.split('_')[0]} {x:.4g}" for name, x in values.items() if not name.startswith("gradient")]
+    line = "  ".join([f"step {step}/{steps}", f"{(steps - step) / rate:.0f} s left", f"{rate:.3g} steps/s", *shown])
+    progress(line, step == steps or step % (20 * max(1, steps // 200)) == 0)
     if folder:
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps({"step": step, "seconds": training.seconds, **values}) + "\n")
