@@ -793,7 +793,7 @@ def flows(run: Run, parts: list[dict]) -> dict[str, dict]:
     ([VPD]'s dataset-aggregated attributions). {name: {"sources", "targets": [(name, sum), ...]}}, the 5 strongest."""
     model, found = run.model, run.decomposition
     total, strongest = collections.defaultdict(float), {part["name"]: {"sources": [], "targets": []} for part in parts}
-    some = SOME * 12 // len(found.U)  # of more matrices less text: a page in minutes, however large the model
+    some = SOME * 12 // len(found.U)  # of more matrices less text, down to one batch
     for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device, some), "attributions"):
         _, g = vpd.predict_importances(model, found, batch)
         _, activations, writes = vpd.cut_forward(model, found, g, batch)
@@ -876,7 +876,7 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 <title>The parts of a language model</title><style>
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --fire: 255, 150, 0 }
 body { font: 14px/1.5 system-ui, sans-serif; margin: 1em auto; max-width: 1200px; padding: 0 1em }
-pre, section, .wide { overflow-x: auto } img { max-width: max(32%, 350px) } table { border-collapse: collapse }
+pre, section, .wide { overflow-x: auto } img { max-width: min(100%, 27em) } table { border-collapse: collapse }
 input, button, select { font: inherit; padding: 4px } #search { width: min(30em, 90%) } .list { width: 100% }
 th, td { text-align: left; padding: 2px 8px; border-bottom: 1px solid var(--line); vertical-align: top }
 .row, .cell, a, .token { cursor: pointer } .row:hover, .row:focus, .cell:hover, .on { background: var(--soft) }

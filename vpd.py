@@ -49,9 +49,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
@@ -321,7 +321,7 @@ def ascend(ascent: torch.optim.Optimizer, sources: Tensor, gradient: Tensor) -> 
 
 # ---- 6  Settings, and the training step: the heart ------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model. Other
     comments name toys of toy_models.py. L0: the mean number of g > 0 at a position. Price: w_importance, w_frequency.
@@ -354,7 +354,7 @@ class Config:
     bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs
     accumulate: int = 1  # [1] micro-batches in a step, one after the other: for less memory, the same gradients
 
-@dataclass
+@dataclasses.dataclass
 class Decomposition:
     """What training finds."""
     U: dict[str, Tensor]  # {path: (C, d_out)}
@@ -362,7 +362,7 @@ class Decomposition:
     G: nn.Module  # the causal importance function
     bf16: bool = False  # the precision that G was trained in, and must be evaluated in
 
-@dataclass
+@dataclasses.dataclass
 class Training:
     """Everything that changes while training, and that a checkpoint holds."""
     decomposition: Decomposition
@@ -1005,7 +1005,7 @@ def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposit
 def progress(line: str, milestone: bool) -> None:
     """Show a line of progress: on a terminal over the last, unless that was a milestone; elsewhere milestones alone."""
     if sys.stderr.isatty():  # a line that wraps could not be written over: cut it
-        cut = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+        cut = shutil.get_terminal_size().columns - 1
         print("\r\033[K" + (f"{line}\n" if milestone else line[:cut]), end="", file=sys.stderr, flush=True)
     elif milestone:
         print(line, file=sys.stderr, flush=True)
