@@ -375,7 +375,7 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
             line = f"target: step {step}/{steps}  validation loss {ce:.3f}  {left:.0f} s left"
             if vpd.rank() == 0:
                 vpd.progress(line, step == steps or step % max(1, steps // 5) == 0)
-        if vpd.rank() == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
+        if vpd.rank() == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS * (5 if preset.shape.width > 500 else 1):
             saved, state = time.monotonic(), {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             with vpd.replacing(unfinished) as file:
                 torch.save(state | {"step": step, "record": record}, file)
