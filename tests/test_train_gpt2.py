@@ -93,19 +93,21 @@ def test_a_checkpoint_that_is_not_gpt2_is_refused_by_the_name_of_its_tensor(chan
 
 # Those of GPT-2's 50,000 merges that can act on the texts below, in their order (a merge of "a" and "b" is "a b").
 GPT2_MERGES = (
-    'Ġ t,i n,o n,Ġ s,Ġ o,Ġ c,i s,a n,e s,e d,in g,o u,Ġ m,Ġo f,Ġ d,a s,l e,Ġt h,l l,Ġ l,s t,v e,Ġ e,a d,s e,'
-    'a c,l d,i r,c e,i l,Ġ 1,Ġ R,u l,a in,es t,t h,u n,0 0,an t,ou ld,Ġs h,Ġth is,n t,r a,Ġ le,â Ģ,Ġc an,'
-    "Ġd o,g e,' t,0 1,on e,ac e,as s,as e,Ġs p,a il,r u,Ġ 0,t e,n e,Ġ $,w e,n ing,n g,Ġsh ould,s s,00 0,"
-    "Ġd on,Ġ1 0,e f,1 0,' ve,1 2,Ġle ad,' ll,Ġ ed,Ġc a,Ġ #,e ad,Ġc ase,l ing,Ġm ain,âĢ ¦,ir d,t o,s h,Y ou,"
-    'o f,Ġd one,Ġ1 00,Â ł,a i,2 3,t r,4 5,Ġsp ace,Ġ â,il i,) :,m a,Ã ©,3 4,s p,l in,ou l,d e,1 00,6 7,! !,'
-    '( ),7 8,Ġlead ing,5 6,¿ ½,ï ¿½,d ef,r d,il ing,l i,8 9,d o,Âł Âł,t es,U N,ad ing,r un,Ġ !,c an,h i,'
-    "th is,Ġed ge,y ou,Ġc as,p ass,c a,' ',Ġsh o,c ase,w an,y o,? ',n i,Ġ1 000,h o,Ĥ ¬,p a,d on,ad i,t est,"
-    't ra,12 3,p ace,w a,Ġâ Ĥ¬,d i,ail ing,d ing,le ading,m ain,1 000,sp ace,h is,ed ge,h ou,un ning,ad in,'
-    'Ġm a,e a,ç Ķ,ç ļ,run ning,e i,n n,un n,çļ Ħ,sh ould,æ ĺ,23 4,d in,â Ĥ¬,Ġ ï,3 45,d one,le ad,45 6,01 2,'
-    'ra il,67 8,u ld,( ):,p ac,c as,Ġsp ac,n in,Ġ !!,çĶ Ł,Y o,ç ľ,78 9,Ġsp a,æĺ ¯,w ant,we i,p as'
+    'Ġ t,h e,i n,o n,Ġ s,Ġ w,Ġ o,Ġ c,i s,a n,o r,e s,e d,in g,o u,Ġ m,Ġo f,Ġ d,a s,l e,Ġt h,l l,Ġ l,s t,v e,'
+    'Ġ e,a d,s e,a c,l d,i r,c e,i l,Ġ 1,Ġ R,u l,a in,es t,t h,u n,0 0,an t,e l,ou ld,Ġs h,Ġth is,n t,r a,'
+    "Ġ le,â Ģ,Ġc an,Ġd o,g e,' t,Ġw or,0 1,on e,ac e,as s,as e,Ġs p,a il,r u,Ġ 0,t e,e ll,n e,Ġ $,w e,n ing,"
+    "n g,Ġsh ould,s s,00 0,Ġd on,Ġ1 0,e f,1 0,Ġwor ld,' ve,1 2,Ġle ad,' ll,Ġ ed,Ġc a,Ġ #,e ad,Ġc ase,l ing,"
+    'Ġm ain,âĢ ¦,ir d,t o,s h,Y ou,o f,Ġd one,or ld,Ġ1 00,Â ł,a i,2 3,t r,4 5,Ġsp ace,Ġ â,il i,) :,m a,Ã ©,'
+    '3 4,s p,l in,ou l,d e,he l,1 00,6 7,! !,( ),7 8,Ġlead ing,5 6,¿ ½,ï ¿½,d ef,r d,il ing,l i,8 9,d o,'
+    "Âł Âł,t es,U N,ad ing,r un,Ġ !,c an,h i,l o,th is,Ġed ge,y ou,Ġc as,p ass,c a,w orld,' ',Ġsh o,c ase,"
+    "w an,y o,? ',n i,Ġ1 000,ð Ł,h o,Ĥ ¬,p a,d on,ad i,t est,t ra,12 3,p ace,w a,Ġâ Ĥ¬,d i,ell o,ail ing,"
+    'd ing,le ading,m ain,Ġ ðŁ,he ll,1 000,sp ace,h is,ed ge,h ou,un ning,ad in,Ġm a,e a,ç Ķ,ll o,ç ļ,'
+    'run ning,e i,n n,un n,çļ Ħ,w o,sh ould,æ ĺ,23 4,Ġw o,d in,â Ĥ¬,Ġ ï,3 45,d one,le ad,45 6,01 2,ra il,'
+    '67 8,hell o,u ld,( ):,p ac,c as,Ġsp ac,n in,Ġ !!,çĶ Ł,Y o,ç ľ,78 9,ðŁ ĳ,Ġsp a,æĺ ¯,w ant,we i,p as,r l,'
+    'ĠðŁ ĳ'
 )
 # What transformers.js makes of texts (its tests/models/gpt2/test_tokenization_gpt2.js, "Xenova/gpt2"): the tokens in the
-# spelling of vocab.json. Numbers of other scripts and emoji: bytes alone, as the merges above know none of theirs.
+# spelling of vocab.json. Numbers of other scripts are bytes alone: the merges above know none of theirs.
 GPT2_TOKENS = {
     "You should've done this": "You Ġshould 've Ġdone Ġthis",
     "0123456789 0 10 100 1000": "01 23 45 67 89 Ġ0 Ġ10 Ġ100 Ġ1000",
@@ -119,6 +121,7 @@ GPT2_TOKENS = {
     "test $1 R2 #3 \u20ac4": "test Ġ$ 1 ĠR 2 Ġ# 3 ĠâĤ¬ 4",
     "you\u2026\u00a0\u00a0you\u2026\u00a0\u00a0": "you âĢ¦ Âł Âł you âĢ¦ ÂłÂł",
     "weird \uff5e edge \uff5e case": "we ird Ġï ½ ŀ Ġedge Ġï ½ ŀ Ġcase",
+    "hello \U0001f44b world \U0001f30d": "hello ĠðŁĳ ĭ Ġworld ĠðŁ Į į",  # of GPT-3-Encoder (Encoder.test.js)
 }
 
 
