@@ -111,7 +111,7 @@ class GPT(nn.Module):
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))  # (B, T, width)
         for block in self.h:
             x = block(x)
-        return (self.norm(x) @ self.tokens.weight.T).to(x.dtype)  # float32, which under autocast a product is not
+        return (self.norm(x) @ self.tokens.weight.T).to(x.dtype)  # float32 as the stream, under autocast too
 
 def cross_entropy(ids: Tensor, logits: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats, scalar. ids (B, T), logits (B, T, vocabulary)."""
@@ -462,7 +462,7 @@ class Run:
     device: str
 
 def sized(preset: Preset, shape: Shape) -> Preset:
-    """The preset for this shape: C as in the published run, in proportion; G twice its width, half its depth."""
+    """The preset for this shape: C in the published proportions; G twice as wide and half as deep as the model."""
     parts = {"attn.q": 2 / 3, "attn.k": 2 / 3, "attn.v": 4 / 3, "attn.o": 4 / 3, "mlp.up": 4, "mlp.down": 14 / 3}
     heads = max(1, shape.width // 64)
     C = {matrix: max(1, round(part * shape.width)) for matrix, part in parts.items()}
@@ -573,7 +573,7 @@ def glance(model: GPT, batches: list[Tensor], found: vpd.Decomposition) -> dict[
     """How good a decomposition is by now, on a few validation batches: KL, L0 and alive, for the log."""
     counts = vpd.count_subcomponents(vpd.predict_importances(model, found, batch)[1] for batch in batches)["total"]
     kl = collections.Counter()
-    for batch in batches:  # one at a time, as large models need it
+    for batch in batches:  # predicted anew: a large model's importances of all batches would take more than a step
         target, g = vpd.predict_importances(model, found, batch)
         for name, masks in vpd.evaluation_masks(g, torch.Generator(batch.device).manual_seed(0)):
             if name in ("stochastic", "rounded_0"):

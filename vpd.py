@@ -859,7 +859,7 @@ def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds, glanc
 def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) -> dict[str, Tensor]:
     """Refuse, before any training, what cannot be decomposed. Returns the inputs {path: (..., d_in)} on `batch`."""
     steps, shrink, width, heads = config.steps, config.shrink, config.G_width, config.G_heads
-    refuse(steps < 1 or shrink < 0, f"steps is {steps}, shrink {shrink}: give at least 1, and at least 0")
+    refuse(steps < 1 or shrink < 0, f"steps is {steps}, shrink {shrink}: give steps at least 1, shrink at least 0")
     refuse(not (config.w_stochastic or config.w_adversarial), "w_stochastic and w_adversarial are both 0: give one")
     refuse(config.G_type not in ("mlp", "transformer"), f"G_type is {config.G_type!r}: give 'mlp' or 'transformer'")
     uneven = heads < 1 or width < 1 or width % (2 * heads)
