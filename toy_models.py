@@ -35,7 +35,6 @@ import vpd
 matplotlib.style.use("tableau-colorblind10")
 
 # ---- The target models and their data -------------------------------------------------------------------------------
-
 class TMS(nn.Module):
     """Toy model of superposition: x (B, N) -> ReLU(W^T [I] W x + b) (B, N), through M < N dimensions."""
     def __init__(self, features: int, dimensions: int, identity: bool):
@@ -262,7 +261,6 @@ def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tu
     return model.eval(), seconds
 
 # ---- The score: did VPD find the mechanisms that are there? ---------------------------------------------------------
-
 def in_features(toy: Toy, model: nn.Module, path: str, weights: Tensor) -> Tensor:
     """Matrices (..., d_out, d_in) of a path, changed so that the last dimension counts features where it can: W as it
     is, W^T transposed; W_in times the embedding, W_out transposed times it."""
@@ -374,7 +372,6 @@ def score(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, data: Te
     return drawn
 
 # ---- The pictures ---------------------------------------------------------------------------------------------------
-
 def draw_subcomponents(toy: Toy, model: nn.Module, decomposition, path: str, parts: Tensor, file: Path) -> None:
     """The target's matrix, the sum of all subcomponents, and each alive one: as arrows (one per feature) in two
     dimensions, else as colours. Features keep their colour or column."""
@@ -436,7 +433,6 @@ def draw_attention(model: nn.Module, decomposition: vpd.Decomposition, ids: Tens
     figure.savefig(file, dpi=110)
 
 # ---- The command ----------------------------------------------------------------------------------------------------
-
 def table(metrics: dict) -> str:
     """What a person wants to see at the end."""
     lines = ["matrix           C  alive     L0   score against the known mechanisms"]
@@ -488,6 +484,7 @@ def main() -> None:
     parser.add_argument("--published", action="store_true", help="residual MLP in the published size, much slower")
     options = parser.parse_args()
     torch.set_num_threads(1)  # more do not pay for such small matrices, and would change the last digits
+    vpd.keep_memory()
     differs = f"-seed-{options.seed}" * (options.seed != 0) + "".join(f"-without-{loss}" for loss in options.without)
     out = options.out or Path("runs") / (options.model + differs + "-published" * options.published)
     try:

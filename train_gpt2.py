@@ -48,7 +48,6 @@ from torch import Tensor, nn
 import vpd
 
 # ---- The model: GPT-2 -----------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a GPT-2."""
@@ -118,7 +117,6 @@ def cross_entropy(ids: Tensor, logits: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 # ---- The tokenizer: byte-pair encoding, learned from the text, or GPT-2's ------------------------------------------
-
 # No merge crosses a border of pieces (a word with the space before it, indentation, signs), which hold the whole text.
 PIECES = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]+| ?_+|\s+(?=\S)|\s+")
 
@@ -223,7 +221,6 @@ def merge(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
     return merged
 
 # ---- The data -------------------------------------------------------------------------------------------------------
-
 STRETCH = 2048  # tokens; every tenth stretch of the corpus is for validation: both parts are spread over all of it
 
 def standard_library() -> str:
@@ -270,7 +267,6 @@ def sample(ids: np.ndarray, T: int, B: int, validation: bool, generator: torch.G
     return torch.from_numpy(np.stack([ids[i : i + T] for i in at]).astype(np.int64))
 
 # ---- The target, stage 1 --------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Preset:
     """What fits a machine: the target and its training, the subcomponents, the settings of the decomposition."""
@@ -444,7 +440,6 @@ def load_gpt2(source: Path) -> GPT:
     return model.eval()
 
 # ---- A run: the target, its decomposition (stage 2 is vpd.decompose), and what they leave in a folder ---------------
-
 # Of a run, by default: the standard library, a target of its own, the preset's steps and batch; C is a factor.
 SETTINGS = {"preset": "laptop", "data": "", "init_from": "", "seed": 0, "steps": 0, "batch": 0, "accumulate": 1, "C": 1}
 
@@ -589,7 +584,6 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
     return open_run(chosen_settings({}, Path(folder), resume=False, reading=True), Path(folder), device)
 
 # ---- The evaluation, stage 3 ----------------------------------------------------------------------------------------
-
 def compute_recovered(curve: list, ce: float) -> float:
     """The share of its training at which the target itself first had this validation cross-entropy ([VPD] section 6).
     Between the points of the curve [(step, cross-entropy), ...] linearly; 0 if it began as good, 1 if it never was."""
@@ -670,7 +664,6 @@ def table(metrics: dict) -> str:
     return "\n".join([*lines, f"{sum(metrics['seconds'].values()) / 60:.0f} minutes; the decomposition: {rate}"])
 
 # ---- Reading: what every subcomponent does, and the page of all of them ---------------------------------------------
-
 FIRES = 0.1  # a subcomponent fires where its causal importance exceeds this ([VPD] section 8)
 PARTS, EXAMPLES, AROUND = 3000, 8, 10  # subcomponents on the page at most; examples of each; tokens on either side
 FLOWS = 18_000  # divided by the number of matrices: how many parts, the clearest, get sources and targets
@@ -1012,7 +1005,6 @@ onhashchange = go; go()
 </script>"""
 
 # ---- Reading: circuits ----------------------------------------------------------------------------------------------
-
 EMBEDDINGS = ("tokens", "positions")
 PRICE = 2e-3  # of a node while pruning, in nats of cross-entropy
 PRUNINGS = {  # whether masks are random while pruning, and whether an adversary chooses them
@@ -1126,7 +1118,6 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
     return "\n".join([*lines, f"pictures and graphs are in {run.folder}/circuit*"])
 
 # ---- Reading: an edit by hand ---------------------------------------------------------------------------------------
-
 @contextlib.contextmanager
 def edited(run: Run, path: str, c: int, token: int, strength: float):
     """Within, subcomponent c writes the direction of `token`, `strength` times as long as U_c, in place of U_c."""
@@ -1195,7 +1186,6 @@ def edit(run: Run, name: str, token_text: str | None, alpha: float) -> str:
     return "\n".join(lines)
 
 # ---- Reading: do two decompositions agree? --------------------------------------------------------------------------
-
 def untrained(run: Run) -> vpd.Decomposition:
     """A run's decomposition as it was before any training."""
     C = {path: len(u) for path, u in run.decomposition.U.items()}
@@ -1249,7 +1239,6 @@ def compare(run: Run, folder: Path) -> str:
     return "\n".join(lines)
 
 # ---- The command line -----------------------------------------------------------------------------------------------
-
 READINGS = {  # of a finished run, by the option that asks for it; each returns what is printed, for all options alike
     "report": lambda run, options: report(run, options.report),
     "circuit": lambda run, options: circuits(run, options.circuit, options.token),
@@ -1332,6 +1321,7 @@ def command(options: argparse.Namespace) -> None:
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     choose_precision(device)
+    vpd.keep_memory()
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
