@@ -140,7 +140,7 @@ def test_each_importance_mlp_is_its_own_mlp_on_its_own_activation():
         for c in range(C[path]):
             a = (inputs[path] @ V[path][:, c]) * U[path][c].norm()  # ||U_c|| V_c^T x, (2, 3)
             hidden = F.gelu(a[..., None] * G.w_in[index, 0].abs() + G.b_in[index, 0])
-            torch.testing.assert_close(z[path][..., c], hidden @ G.w_out[index, :, 0].abs() + G.b_out[index, 0, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(z[path][..., c], 4 * hidden @ G.w_out[index, :, 0].abs() + G.b_out[index, 0, 0], rtol=1e-4, atol=1e-5)
             index += 1
 
 
