@@ -490,12 +490,16 @@ def check_memory(model: GPT, C: dict[str, int], preset: Preset, device: str) -> 
         print(line, file=sys.stderr)
 
 def corpus(data: str, preset: Preset, places: list[Path]) -> tuple[np.ndarray, Tokenizer | None]:
-    """Token ids (tokens,), and the tokenizer that made them (None for a .bin), from the first run folder that has them.
-    Else they are made from the data. Raises BadInput: see `read_text`, `read_bin`, `windows`."""
+    """Token ids (tokens,), and the tokenizer that made them, from the first run folder that has them. Else the data are
+    encoded. With a .bin: the tokenizer of a GPT-2's folder, or None. Raises BadInput: see `read_text`, `read_bin`,
+    `windows`."""
+    made = [place for place in places if (place / "tokenizer.json").exists()]
+    tokenizer = Tokenizer(**json.loads((made[0] / "tokenizer.json").read_text())) if made else None
     if data.endswith(".bin"):
-        ids, tokenizer = read_bin(Path(data), preset.shape.vocabulary), None
-    elif made := [place for place in places if (place / "tokens.npy").exists() and (place / "tokenizer.json").exists()]:
-        tokenizer = Tokenizer(**json.loads((made[0] / "tokenizer.json").read_text()))
+        ids = read_bin(Path(data), preset.shape.vocabulary)
+        with contextlib.suppress(vpd.BadInput):  # it may hold none that serves: then there are no prompts
+            tokenizer = tokenizer or gpt2_tokenizer(places[-1])
+    elif made and (made[0] / "tokens.npy").exists():
         ids = np.load(made[0] / "tokens.npy", mmap_mode="r")
     else:
         text, of_gpt2 = read_text(Path(data)) if data else standard_library(), (places[-1] / "config.json").exists()
@@ -545,8 +549,9 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         if record and not (folder / "target.pt").exists():  # --init-from brought it
             save_target(model, record, folder)
         if tokenizer and not (folder / "tokenizer.json").exists():
-            with vpd.replacing(folder / "tokens.npy") as file:  # first: tokenizer.json says that it is whole
-                np.save(file, ids)
+            if not data.endswith(".bin"):
+                with vpd.replacing(folder / "tokens.npy") as file:  # first: tokenizer.json says that it is whole
+                    np.save(file, ids)
             write(folder / "tokenizer.json", json.dumps({"merges": tokenizer.merges, "gpt2": tokenizer.gpt2}))
     model = model.to(device).eval()
     if settings["preset"] != "laptop" and not device.startswith("cuda") and vpd.rank() == 0 and not finished:
@@ -626,7 +631,8 @@ def evaluate(run: Run) -> dict:
     above = {masking: x - ce for masking, x in losses.items()}
     if run.tokenizer:
         ids = torch.cat([batch.flatten() for batch in batches]).tolist()
-        bits_per_byte = ce / math.log(2) * len(ids) / sum(len(run.tokenizer.bytes[i]) for i in ids)
+        lengths = [len(run.tokenizer.bytes[i]) for i in ids if i < len(run.tokenizer.bytes)]  # not of <|endoftext|>
+        bits_per_byte = ce / math.log(2) * len(ids) / sum(lengths)
         prompt = batches[0][:1, : run.preset.shape.context // 2]
         lines = [f"--- the prompt\n{run.tokenizer.decode(prompt[0].tolist())}"]
         for masking in vpd.with_progress(("target", "unmasked", "stochastic", "rounded_0", "g"), "continuations"):
@@ -1012,7 +1018,7 @@ PRUNINGS = {  # whether masks are random while pruning, and whether an adversary
 
 def encoded(run: Run, text: str) -> Tensor:
     """A prompt as (1, T) token ids. Raises BadInput if the run has no tokenizer, or the prompt is empty or too long."""
-    vpd.refuse(not run.tokenizer, f"{run.folder} was made from token ids: prompts need a run on text")
+    vpd.refuse(not run.tokenizer, f"{run.folder} has no tokenizer: prompts need a run on text, or with a GPT-2's folder")
     n, context = len(ids := run.tokenizer.encode(text)), run.preset.shape.context
     vpd.refuse(not 1 <= n <= context, f"the prompt {text[:40]!r} has {n} tokens: the model takes 1 to {context}")
     return torch.from_numpy(ids.astype(np.int64))[None].to(run.device)
