@@ -193,8 +193,9 @@ class Tokenizer:
         return np.concatenate([encoded[piece] for piece in pieces]) if pieces else np.zeros(0, np.uint16)
 
     def decode(self, ids) -> str:
-        """The text of token ids, with U+FFFD for half a character. An id that no merge has made has no text."""
-        return b"".join(self.bytes[i] for i in ids if i < len(self.bytes)).decode(errors="replace")
+        """The text of token ids, with U+FFFD for half a character. An id that no merge has made is shown as <50256>."""
+        known = len(self.bytes)
+        return b"".join(self.bytes[i] if i < known else b"<%d>" % i for i in ids).decode(errors="replace")
 
 def gpt2_tokenizer(folder: Path) -> Tokenizer:
     """GPT-2's tokenizer from vocab.json and merges.txt, as downloaded. Raises BadInput if they cannot serve."""
@@ -451,7 +452,7 @@ class Run:
     preset: Preset
     model: GPT  # the target
     ids: np.ndarray  # the corpus
-    tokenizer: Tokenizer | None  # None: the corpus was given as token ids
+    tokenizer: Tokenizer | None  # None: the corpus was given as token ids, without a GPT-2's folder
     record: dict  # of the target's training
     decomposition: vpd.Decomposition
     device: str
@@ -490,23 +491,24 @@ def check_memory(model: GPT, C: dict[str, int], preset: Preset, device: str) -> 
         print(line, file=sys.stderr)
 
 def corpus(data: str, preset: Preset, places: list[Path]) -> tuple[np.ndarray, Tokenizer | None]:
-    """Token ids (tokens,), and the tokenizer that made them, from the first run folder that has them. Else the data are
-    encoded. With a .bin: the tokenizer of a GPT-2's folder, or None. Raises BadInput: see `read_text`, `read_bin`,
-    `windows`."""
-    made = [place for place in places if (place / "tokenizer.json").exists()]
+    """Token ids (tokens,) and their tokenizer, from the first run folder that has them. Else the data are encoded. A
+    .bin holds ids; their tokenizer is then that of the run, or of a GPT-2's folder, or None. Raises BadInput: see
+    `read_text`, `read_bin`, `windows`."""
+    made = [place for place in places if (place / "settings.json").exists() and (place / "tokenizer.json").exists()]
     tokenizer = Tokenizer(**json.loads((made[0] / "tokenizer.json").read_text())) if made else None
     if data.endswith(".bin"):
         ids = read_bin(Path(data), preset.shape.vocabulary)
-        with contextlib.suppress(vpd.BadInput):  # it may hold none that serves: then there are no prompts
+        with contextlib.suppress(vpd.BadInput):  # the folder may hold no tokenizer that serves: no prompts then
             tokenizer = tokenizer or gpt2_tokenizer(places[-1])
     elif made and (made[0] / "tokens.npy").exists():
         ids = np.load(made[0] / "tokens.npy", mmap_mode="r")
     else:
         text, of_gpt2 = read_text(Path(data)) if data else standard_library(), (places[-1] / "config.json").exists()
-        tokenizer = gpt2_tokenizer(places[-1]) if of_gpt2 else Tokenizer.learn(text, preset.shape.vocabulary)
-        n, vocabulary = len(tokenizer.bytes), preset.shape.vocabulary
-        vpd.refuse(n > vocabulary, f"the tokenizer has {n} tokens, but the model {vocabulary}: give its own")
+        if not tokenizer:
+            tokenizer = gpt2_tokenizer(places[-1]) if of_gpt2 else Tokenizer.learn(text, preset.shape.vocabulary)
         ids = tokenizer.encode(text)
+    n, vocabulary = len(tokenizer.bytes) if tokenizer else 0, preset.shape.vocabulary
+    vpd.refuse(n > vocabulary, f"the tokenizer has {n} tokens, but the model {vocabulary}: give its own")
     windows(len(ids), preset.shape.context, True)  # is it long enough?
     return ids, tokenizer
 
@@ -632,7 +634,7 @@ def evaluate(run: Run) -> dict:
     if run.tokenizer:
         ids = torch.cat([batch.flatten() for batch in batches]).tolist()
         lengths = [len(run.tokenizer.bytes[i]) for i in ids if i < len(run.tokenizer.bytes)]  # not of <|endoftext|>
-        bits_per_byte = ce / math.log(2) * len(ids) / sum(lengths)
+        bits_per_byte = ce / math.log(2) * len(ids) / max(1, sum(lengths))
         prompt = batches[0][:1, : run.preset.shape.context // 2]
         lines = [f"--- the prompt\n{run.tokenizer.decode(prompt[0].tolist())}"]
         for masking in vpd.with_progress(("target", "unmasked", "stochastic", "rounded_0", "g"), "continuations"):
@@ -1018,7 +1020,7 @@ PRUNINGS = {  # whether masks are random while pruning, and whether an adversary
 
 def encoded(run: Run, text: str) -> Tensor:
     """A prompt as (1, T) token ids. Raises BadInput if the run has no tokenizer, or the prompt is empty or too long."""
-    vpd.refuse(not run.tokenizer, f"{run.folder} has no tokenizer: prompts need a run on text, or with a GPT-2's folder")
+    vpd.refuse(not run.tokenizer, f"{run.folder} has no tokenizer: prompts need a run on text or with a GPT-2's folder")
     n, context = len(ids := run.tokenizer.encode(text)), run.preset.shape.context
     vpd.refuse(not 1 <= n <= context, f"the prompt {text[:40]!r} has {n} tokens: the model takes 1 to {context}")
     return torch.from_numpy(ids.astype(np.int64))[None].to(run.device)

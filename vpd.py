@@ -183,8 +183,8 @@ def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str
 class ImportanceMLPs(nn.Module):
     """One tiny MLP per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
-    ours: 4 GELUs, times 4, for 16: scores are as large, and learn as fast, in less time. They see ||U_c|| V_c^T x, not
-    V_c^T x: a subcomponent whose weights have shrunk to nothing sees nothing; else it goes on firing a little.
+    ours: 4 GELUs whose sum counts four times, not 16: scores learn as fast, in less time. It reads ||U_c|| V_c^T x, not
+    V_c^T x: a subcomponent whose weights have shrunk to nothing sees nothing, and does not fire on rare inputs.
     ours: all weights enter by their absolute values: a score rises with the activation (but for the dip of GELU), so
     that no subcomponent serves two features of almost opposite directions, which training could not part again."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
@@ -778,9 +778,9 @@ def barrier() -> None:
         dist.barrier()
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory for the next step. To give it back and ask for it again takes a tenth of a step."""
+    """On Linux, keep freed blocks of up to 32 MB for the next step: to ask for them anew takes a tenth of a step."""
     if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-3, 2**25), mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: as large as they can be
+        mallopt(-3, 2**25) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; the second alone harms
 
 @contextlib.contextmanager
 def rank_0_first():

@@ -33,11 +33,11 @@ def build(case, C=1, batch=1, layers=1):
     import train_gpt2
     import vpd
 
-    getattr(vpd, "keep_memory", lambda: None)()  # this and the next but one: older checkouts lack them
+    getattr(vpd, "keep_memory", lambda: None)()  # older checkouts have none
     torch.manual_seed(0)
     data = torch.Generator().manual_seed(0)
     if case in train_gpt2.PRESETS:
-        getattr(train_gpt2, "choose_precision", lambda device: None)("cpu")
+        getattr(train_gpt2, "choose_precision", lambda device: None)("cpu")  # nor this
         preset = train_gpt2.PRESETS[case]
         shape = dataclasses.replace(preset.shape, layers=preset.shape.layers * layers)
         model, config, divergence = train_gpt2.GPT(shape).eval(), preset.config, vpd.kl

@@ -206,12 +206,14 @@ def test_a_gpt2_folder_is_decomposed_and_asked_about_prompts_after_it_is_gone(da
     folder, out = tmp_path / "gpt2", tmp_path / "run"
     names = gpt2_files(folder)
     np.random.default_rng(0).integers(0, len(names), 4000).astype(np.uint16).tofile(tmp_path / "ids.bin")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')  # as downloaded: of another kind
     write_safetensors(folder / "model.safetensors", checkpoint(layers=1, width=64, vocabulary=len(names)), "F32")
     (folder / "config.json").write_text(json.dumps({"n_head": 2}))
     command("--init-from", folder, "--data", tmp_path / data, "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
     C = [metrics["matrices"][f"h.0.{m}"]["C"] for m in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")]
     assert C == [43, 43, 85, 85, 256, 299]  # 2/3, 2/3, 4/3, 4/3, 4 and 14/3 of the width, as published
+    assert (out / "tokens.npy").exists() == (data == "text.txt")  # a .bin is not copied
     shutil.rmtree(folder)
     command("--out", out, "--circuit", "def main", "--token", " this")
     circuit = json.loads((out / "circuit.json").read_text())
