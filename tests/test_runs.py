@@ -387,3 +387,14 @@ def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_i
     first, second = (torch.load(tmp_path / "whole" / name, weights_only=True) for name in ("checkpoint.pt", "checkpoint_1_12.pt"))
     assert not same(first["sources"], second["sources"]) and not same(first["data"], second["data"])  # ... each drew its own
     assert sorted(file.name for file in (tmp_path / "whole").glob("checkpoint_*")) == ["checkpoint_1_12.pt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_kept_memory_is_not_asked_for_anew():
+    code = "import resource, sys, torch, vpd; sys.argv[1] == 'keep' and vpd.keep_memory()\n"
+    code += "step = lambda: [torch.ones(4_000_000) for _ in range(5)] and None\n"  # 80 MB, all freed after it
+    code += "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+    code += "step(), step(); before = faults(); [step() for _ in range(5)]; print(faults() - before)"
+    asked = [subprocess.run([sys.executable, "-c", code, keep], cwd=ROOT, check=True, capture_output=True) for keep in ("", "keep")]
+    returned, kept = (int(one.stdout) for one in asked)
+    assert kept < returned / 4
