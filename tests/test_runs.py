@@ -389,12 +389,23 @@ def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_i
     assert sorted(file.name for file in (tmp_path / "whole").glob("checkpoint_*")) == ["checkpoint_1_12.pt"]
 
 
+MEMORY = """
+import resource, torch, vpd
+vpd.keep_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    tensors = [torch.ones(4_000_000) for _ in range(5)]  # 80 MB, all freed at the end
+for _ in range(4):
+    step()
+before = faults()
+for _ in range(4):
+    step()
+print(faults() - before)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_kept_memory_is_not_asked_for_anew():
-    code = "import resource, sys, torch, vpd; sys.argv[1] == 'keep' and vpd.keep_memory()\n"
-    code += "step = lambda: [torch.ones(4_000_000) for _ in range(5)] and None\n"  # 80 MB, all freed after it
-    code += "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-    code += "step(), step(); before = faults(); [step() for _ in range(5)]; print(faults() - before)"
-    asked = [subprocess.run([sys.executable, "-c", code, keep], cwd=ROOT, check=True, capture_output=True) for keep in ("", "keep")]
-    returned, kept = (int(one.stdout) for one in asked)
-    assert kept < returned / 4
+    for _ in range(3):  # glibc's own rule gives back 15,000 pages a step, in four processes of five
+        asked = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, check=True, capture_output=True)
+        assert int(asked.stdout) < 1000  # page faults
