@@ -183,8 +183,8 @@ def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str
 class ImportanceMLPs(nn.Module):
     """One tiny MLP per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
-    ours: 4 GELUs whose sum counts four times, not 16: scores learn as fast, in less time. It reads ||U_c|| V_c^T x, not
-    V_c^T x: a subcomponent whose weights have shrunk to nothing sees nothing, and does not fire on rare inputs.
+    ours: 4 GELUs, whose sum counts 4 times, not 16: scores learn as fast, in less time. The MLP reads ||U_c|| V_c^T x,
+    not V_c^T x: a subcomponent whose weights have shrunk to nothing sees nothing, and does not fire on rare inputs.
     ours: all weights enter by their absolute values: a score rises with the activation (but for the dip of GELU), so
     that no subcomponent serves two features of almost opposite directions, which training could not part again."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
