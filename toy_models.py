@@ -1,6 +1,6 @@
 """Toy models with known mechanisms: train one, decompose it with VPD, score it against the truth, and draw it.
 
-    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; half a minute on a laptop
+    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; 15 seconds on a laptop
     python toy_models.py tms_40-10 --seed 3 --out runs/tms40
     python toy_models.py tms_5-2 --without adversarial    # one loss removed: what breaks?
 
