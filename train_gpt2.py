@@ -280,7 +280,7 @@ class Preset:
 
 COMMON = {"lr_final": 0.1, "p_end": 0.4, "G_type": "transformer"}  # as published
 PRESETS = {
-    "laptop": Preset(  # 7 to 15 minutes on two cores; many small steps beat few large ones (but not with batch=4)
+    "laptop": Preset(  # 6 to 15 minutes on two cores; many small steps beat few large ones (but not with batch=4)
         Shape(layers=2, width=64, heads=4, context=64, vocabulary=1024), batch=8, target_steps=10_000, target_lr=3e-3,
         C={"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
         # ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a
@@ -499,16 +499,17 @@ def corpus(data: str, preset: Preset, places: list[Path]) -> tuple[np.ndarray, T
     if data.endswith(".bin"):
         ids = read_bin(Path(data), preset.shape.vocabulary)
         with contextlib.suppress(vpd.BadInput):  # the folder may hold no tokenizer that serves: no prompts then
-            tokenizer = tokenizer or gpt2_tokenizer(places[-1])
+            of_folder = tokenizer or gpt2_tokenizer(places[-1])
+            tokenizer = of_folder if len(of_folder.bytes) <= preset.shape.vocabulary else None
     elif made and (made[0] / "tokens.npy").exists():
         ids = np.load(made[0] / "tokens.npy", mmap_mode="r")
     else:
         text, of_gpt2 = read_text(Path(data)) if data else standard_library(), (places[-1] / "config.json").exists()
         if not tokenizer:
             tokenizer = gpt2_tokenizer(places[-1]) if of_gpt2 else Tokenizer.learn(text, preset.shape.vocabulary)
+        n, vocabulary = len(tokenizer.bytes), preset.shape.vocabulary
+        vpd.refuse(n > vocabulary, f"the tokenizer has {n} tokens, but the model {vocabulary}: give its own")
         ids = tokenizer.encode(text)
-    n, vocabulary = len(tokenizer.bytes) if tokenizer else 0, preset.shape.vocabulary
-    vpd.refuse(n > vocabulary, f"the tokenizer has {n} tokens, but the model {vocabulary}: give its own")
     windows(len(ids), preset.shape.context, True)  # is it long enough?
     return ids, tokenizer
 

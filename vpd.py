@@ -183,7 +183,7 @@ def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str
 class ImportanceMLPs(nn.Module):
     """One tiny MLP per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
-    ours: 4 GELUs, whose sum counts 4 times, not 16: scores learn as fast, in less time. The MLP reads ||U_c|| V_c^T x,
+    ours: 4 GELUs in place of 16; their sum is multiplied by 4, so that scores learn as fast. It reads ||U_c|| V_c^T x,
     not V_c^T x: a subcomponent whose weights have shrunk to nothing sees nothing, and does not fire on rare inputs.
     ours: all weights enter by their absolute values: a score rises with the activation (but for the dip of GELU), so
     that no subcomponent serves two features of almost opposite directions, which training could not part again."""
@@ -192,7 +192,7 @@ class ImportanceMLPs(nn.Module):
         hidden, C = 4, sum(C for _, C in shapes.values())
         self.w_in = nn.Parameter(torch.randn(C, 1, hidden))
         self.b_in = nn.Parameter(torch.zeros(C, 1, hidden))
-        self.w_out = nn.Parameter(torch.randn(C, hidden, 1) / 4)
+        self.w_out = nn.Parameter(torch.randn(C, hidden, 1) / 4)  # scores start as with 16
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
 
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
@@ -778,7 +778,7 @@ def barrier() -> None:
         dist.barrier()
 
 def keep_memory() -> None:
-    """On Linux, keep freed blocks of up to 32 MB for the next step: to ask for them anew takes a tenth of a step."""
+    """On Linux, keep what this process frees, in blocks of up to 32 MB: each step asks for it again. Laptop: 10 %."""
     if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-3, 2**25) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; the second alone harms
 
@@ -805,8 +805,8 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
     process: this process's number, where several train together. U, V and G are equal in all of them."""
     device = next(iter(inputs.values())).device
     weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
-    of_sources, data, noise = (torch.Generator(place).manual_seed(config.seed + 1_000_003 * (4 * process + n))
-                               for n, place in enumerate(("cpu", "cpu", device), 1))  # fmt: skip  (0: of the weights)
+    seeds = (config.seed + 1_000_003 * (4 * process + n) for n in (1, 2, 3))  # 0: of the weights
+    of_sources, data, noise = (torch.Generator(where).manual_seed(next(seeds)) for where in ("cpu", "cpu", device))
     with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
         torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
         V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}

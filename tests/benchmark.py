@@ -37,7 +37,7 @@ def build(case, C=1, batch=1, layers=1):
     torch.manual_seed(0)
     data = torch.Generator().manual_seed(0)
     if case in train_gpt2.PRESETS:
-        getattr(train_gpt2, "choose_precision", lambda device: None)("cpu")  # nor this
+        getattr(train_gpt2, "choose_precision", lambda device: None)("cpu")  # older checkouts have none
         preset = train_gpt2.PRESETS[case]
         shape = dataclasses.replace(preset.shape, layers=preset.shape.layers * layers)
         model, config, divergence = train_gpt2.GPT(shape).eval(), preset.config, vpd.kl

@@ -443,6 +443,7 @@ def main() -> None:
     parser.add_argument("--from", dest="source", type=Path, required=True, help="the folder of a finished run")
     parser.add_argument("--out", type=Path, help="default: evidence in that folder; for one run alone")
     options = parser.parse_args()
+    vpd.keep_memory()
     try:
         run = train_gpt2.load(options.source)
         (out := options.out or options.source / "evidence").mkdir(parents=True, exist_ok=True)

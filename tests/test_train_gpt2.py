@@ -220,6 +220,16 @@ def test_a_gpt2_folder_is_decomposed_and_asked_about_prompts_after_it_is_gone(da
     assert [names[i] for i in circuit["ids"]] == ["def", "Ġmain"] and names[circuit["token"]] == "Ġthis"
 
 
+def test_a_bin_takes_the_tokenizer_of_a_gpt2_folder_only_if_the_model_has_as_many_tokens(tmp_path):
+    names, preset = gpt2_files(tmp_path / "gpt2"), gpt.PRESETS["laptop"]
+    np.zeros(4000, np.uint16).tofile(tmp_path / "ids.bin")
+    for vocabulary, serves in ((len(names), True), (len(names) - 2, False)):
+        small = dataclasses.replace(preset, shape=dataclasses.replace(preset.shape, vocabulary=vocabulary))
+        ids, tokenizer = gpt.corpus(str(tmp_path / "ids.bin"), small, [tmp_path / "run", tmp_path / "gpt2"])
+        assert len(ids) == 4000 and (tokenizer is not None) == serves
+    assert gpt.Tokenizer([], gpt2=True).decode([39, 72, 50256]) == "Hi<50256>"
+
+
 HARD_TEXTS = ["", " ", "\r\n\t x", "naïve 字 \U0001f600 e\u0301", "a\x00b", "____init____(self)", "٣٤ x²"]
 HARD_TEXTS += ["\n\n\n    \n"]
 
