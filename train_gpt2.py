@@ -499,8 +499,8 @@ def corpus(data: str, preset: Preset, places: list[Path]) -> tuple[np.ndarray, T
     if data.endswith(".bin"):
         ids = read_bin(Path(data), preset.shape.vocabulary)
         with contextlib.suppress(vpd.BadInput):  # the folder may hold no tokenizer that serves: no prompts then
-            of_folder = tokenizer or gpt2_tokenizer(places[-1])
-            tokenizer = of_folder if len(of_folder.bytes) <= preset.shape.vocabulary else None
+            found = tokenizer or gpt2_tokenizer(places[-1])
+            tokenizer = found if len(found.bytes) <= preset.shape.vocabulary else None
     elif made and (made[0] / "tokens.npy").exists():
         ids = np.load(made[0] / "tokens.npy", mmap_mode="r")
     else:

@@ -183,8 +183,8 @@ def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str
 class ImportanceMLPs(nn.Module):
     """One tiny MLP per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
-    ours: 4 GELUs in place of 16; their sum is multiplied by 4, so that scores learn as fast. It reads ||U_c|| V_c^T x,
-    not V_c^T x: a subcomponent whose weights have shrunk to nothing sees nothing, and does not fire on rare inputs.
+    ours: 4 GELUs for 16, and their sum times 4, so that scores learn as fast. The MLP reads ||U_c|| V_c^T x, and not
+    V_c^T x: a subcomponent whose weights have shrunk to nothing sees nothing, and does not fire on rare inputs.
     ours: all weights enter by their absolute values: a score rises with the activation (but for the dip of GELU), so
     that no subcomponent serves two features of almost opposite directions, which training could not part again."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
@@ -192,7 +192,7 @@ class ImportanceMLPs(nn.Module):
         hidden, C = 4, sum(C for _, C in shapes.values())
         self.w_in = nn.Parameter(torch.randn(C, 1, hidden))
         self.b_in = nn.Parameter(torch.zeros(C, 1, hidden))
-        self.w_out = nn.Parameter(torch.randn(C, hidden, 1) / 4)  # scores start as with 16
+        self.w_out = nn.Parameter(torch.randn(C, hidden, 1) / 16**0.5)  # the mean score starts as with 16
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
 
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
@@ -778,9 +778,9 @@ def barrier() -> None:
         dist.barrier()
 
 def keep_memory() -> None:
-    """On Linux, keep what this process frees, in blocks of up to 32 MB: each step asks for it again. Laptop: 10 %."""
+    """Keep freed blocks of up to 32 MB (glibc): to get them from Linux again, at each step, took a tenth of it."""
     if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-3, 2**25) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; the second alone harms
+        mallopt(-3, 2**25) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; the second alone slows
 
 @contextlib.contextmanager
 def rank_0_first():
@@ -806,7 +806,7 @@ def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config
     device = next(iter(inputs.values())).device
     weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
     seeds = (config.seed + 1_000_003 * (4 * process + n) for n in (1, 2, 3))  # 0: of the weights
-    of_sources, data, noise = (torch.Generator(where).manual_seed(next(seeds)) for where in ("cpu", "cpu", device))
+    of_sources, data, noise = (torch.Generator(on).manual_seed(seed) for on, seed in zip(("cpu", "cpu", device), seeds))
     with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
         torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
         V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
