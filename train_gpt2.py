@@ -39,6 +39,12 @@ import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+# A thread that waits for another spins some 20 microseconds (GNU's OpenMP), about what it costs to wake it, and then
+# sleeps. By default it spins for milliseconds: beside one busy program a step took four times as long, and so it takes
+# twice as long. (OMP_WAIT_POLICY=PASSIVE, no spinning: 1.0 times, but two threads were then as slow as one.) It is read
+# when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import matplotlib.figure
 import numpy as np
 import torch
@@ -588,7 +594,6 @@ def glance(model: GPT, batches: list[Tensor], found: vpd.Decomposition) -> dict[
 
 def load(folder: str | Path, device: str = "cpu") -> Run:
     """A finished run, to work with in Python: its model, decomposition, tokenizer, corpus (`ids`). Raises BadInput."""
-    choose_precision(device)
     return open_run(chosen_settings({}, Path(folder), resume=False, reading=True), Path(folder), device)
 
 # ---- The evaluation, stage 3 ----------------------------------------------------------------------------------------
@@ -1311,9 +1316,12 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 def choose_precision(device: str) -> None:
-    """On a CPU with AVX-512 bfloat16, let oneDNN multiply: on an AMD EPYC twice as fast, and still in float32. Where
-    the processor has AMX, it may round the factors to bfloat16 (not measured)."""
-    if device == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    """On a CPU with AVX-512 bfloat16, let oneDNN multiply: on an AMD EPYC twice as fast, and still in float32. Not where
+    there is AMX, which may round the factors to bfloat16 (nobody has measured it). For this process: only a command
+    calls it."""
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch < 2.10 has none
+    exact = features.get("avx512_bf16") and not features.get("amx_tile")
+    if device == "cpu" and exact and torch.backends.cpu.get_cpu_capability() == "AVX512":
         torch.set_float32_matmul_precision("medium")
         torch.backends.cuda.enable_flash_sdp(False)  # it is the CPU's, too, and ten times slower so
 

@@ -170,6 +170,7 @@ def main():
     options = parser.parse_args()
     if options.worker:
         sys.path.insert(0, options.code)
+        import train_gpt2  # before torch: it sets the wait policy  # noqa: F401
         import torch
 
         torch.set_num_threads(options.threads)

@@ -1,32 +1,23 @@
 """Runs: kill and resume, reproducibility, and every bad input that must end in one clear line."""
 
 import dataclasses
+import functools
 import json
 import math
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing
 from torch import nn
 
 import vpd
 from test_vpd import C, Net
 
-ROOT = Path(vpd.__file__).parent
 CONFIG = vpd.Config(steps=120, warmup_steps=20, w_importance=1e-4)
-
-RUN = f"""
-import sys, torch
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-torch.set_num_threads(1)
-from test_runs import decompose_net
-decompose_net(sys.argv[1])
-"""
-
 
 def batches(generator):
     return torch.randn(32, 4, generator=generator)
@@ -68,17 +59,43 @@ def test_a_glance_every_tenth_of_a_run_is_logged_and_changes_nothing(tmp_path):
     vpd.draw_run({"matrices": {}}, tmp_path / "seen" / "log.jsonl", tmp_path / "training.png")
 
 
+def in_a_process(function, *arguments):
+    """Call the function in a process of its own, with one thread; returns its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def run_that_dies(folder, draw=None, save=None):
+    """The run, which kills itself when it draws a batch the so-many-th time, or in the midst of its so-many-th save."""
+    torch.set_num_threads(1)
+    draws, saves, write = iter(range(10**6)), iter(range(10**6)), torch.save
+
+    def mortal_batches(generator):
+        if next(draws) == draw:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batches(generator)
+
+    def mortal_save(state, file):
+        if next(saves) == save:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(state, file)
+
+    torch.save = mortal_save
+    decompose_net(folder, get_batch=mortal_batches)
+
+
 def test_a_run_killed_again_and_again_ends_bit_identical_to_one_that_was_never_interrupted(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([sys.executable, "-c", RUN, whole], check=True, capture_output=True)
-    for until in (30, 60, 90):
-        process = subprocess.Popen([sys.executable, "-c", RUN, killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # a checkpoint follows every step, so that the kill probably falls into the writing of one
-        while process.poll() is None and steps_saved(killed) < until:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and until <= steps_saved(killed) < CONFIG.steps
-    subprocess.run([sys.executable, "-c", RUN, killed], check=True, capture_output=True)
+    assert in_a_process(run_that_dies, whole) == 0
+    # before its first save; between steps; twice within a save, which follows every step
+    for death, saved in (({"save": 0}, 0), ({"draw": 31}, 30), ({"save": 30}, 60), ({"save": 55}, 115)):
+        assert in_a_process(functools.partial(run_that_dies, killed, **death)) == -signal.SIGKILL
+        assert steps_saved(killed) == saved
+    assert in_a_process(run_that_dies, killed) == 0
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, killed))
     for key in a.keys() - {"seconds", "log_bytes"}:
         assert same(a[key], b[key]), key
@@ -318,10 +335,10 @@ def without_chance(model, U, V, g, batch, target, divergence, generator, shrink)
     return vpd.adversarial_reconstruction(model, U, V, g, batch, target, divergence, torch.full_like(g, 0.3))
 
 
-def one_of_two(folder):
+def one_of_two(rank, folder):
     """What each of two processes does: a step on its half of the batch; a whole run; the same run, stopped once and resumed."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", world_size=2, rank=rank)
     half = slice(4 * vpd.rank(), 4 * vpd.rank() + 4)
     stochastic, vpd.stochastic_reconstruction = vpd.stochastic_reconstruction, without_chance
     for n in (1, 2):
@@ -361,13 +378,7 @@ def test_micro_batches_have_the_gradients_of_the_whole(monkeypatch):
 
 
 def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_identical(tmp_path, monkeypatch):
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        f"from pathlib import Path; import test_runs; test_runs.one_of_two(Path({str(tmp_path)!r}))"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    subprocess.run(launch, check=True, capture_output=True)
+    torch.multiprocessing.start_processes(one_of_two, (tmp_path,), 2, start_method="fork")
 
     monkeypatch.setattr(vpd, "stochastic_reconstruction", without_chance)
     losses, gradients, sources = joined_step(TOGETHER, slice(0, 8))
@@ -388,24 +399,3 @@ def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_i
     assert not same(first["sources"], second["sources"]) and not same(first["data"], second["data"])  # ... each drew its own
     assert sorted(file.name for file in (tmp_path / "whole").glob("checkpoint_*")) == ["checkpoint_1_12.pt"]
 
-
-MEMORY = """
-import resource, torch, vpd
-vpd.keep_memory()
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def step():
-    tensors = [torch.ones(4_000_000) for _ in range(5)]  # 80 MB, all freed at the end
-for _ in range(4):
-    step()
-before = faults()
-for _ in range(4):
-    step()
-print(faults() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-def test_kept_memory_is_not_asked_for_anew():
-    for _ in range(3):  # glibc's own rule gives back 15,000 pages a step, in four processes of five
-        asked = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, check=True, capture_output=True)
-        assert int(asked.stdout) < 1000  # page faults

@@ -378,14 +378,6 @@ def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monk
     assert again["kl"] == metrics["kl"]
 
 
-@pytest.mark.parametrize("supported, device, chosen", [(True, "cpu", "medium"), (False, "cpu", "highest"), (True, "cuda:0", "highest")])
-def test_onednn_multiplies_only_on_a_cpu_that_has_bfloat16(monkeypatch, supported, device, chosen):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
-    gpt.choose_precision(device)
-    assert torch.get_float32_matmul_precision() == chosen
-    assert torch.backends.cuda.flash_sdp_enabled() == (chosen == "highest")
-
-
 LAPTOP = gpt.PRESETS["laptop"]
 
 

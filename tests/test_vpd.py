@@ -432,6 +432,54 @@ def test_u_and_v_step_by_orthogonal_matrices_with_muon_and_by_adamw_without():
                     torch.testing.assert_close(step.abs(), torch.full_like(step, config.lr), rtol=1e-2, atol=1e-7)
 
 
+def muon_step(gradients, steps=1, lr=0.5):
+    """What Muon adds to matrices of zeros for these gradients, divided by its lr and by 0.2 sqrt(the longer side)."""
+    matrices = [torch.zeros_like(x).requires_grad_() for x in gradients]
+    muon = vpd.Muon(matrices, lr)
+    for _ in range(steps):
+        for x, gradient in zip(matrices, gradients):
+            x.grad = gradient.clone()
+        muon.step()
+    return [-x.detach() / (0.2 * lr * max(x.shape) ** 0.5) for x in matrices]
+
+
+def test_a_step_of_muon_has_the_singular_vectors_of_the_gradient_and_singular_values_near_one():
+    """By an SVD in float64. Between 0.68 and 1.21: the least and largest value that five rounds of the quintic make of
+    numbers between 1/400 and 1."""
+    torch.manual_seed(0)
+    shapes = [(8, 8), (8, 20), (20, 8), (3, 70), (8, 20), (64, 256), (1, 5)]
+    gradients = [torch.randn(shape) * 10.0 ** (3 - n) for n, shape in enumerate(shapes)]
+    for gradient, step in zip(gradients, muon_step(gradients)):
+        left, size, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+        turned = left.mT @ step.double() @ right.mT  # diagonal, if the singular vectors are the same
+        torch.testing.assert_close(turned, turned.diagonal().diag(), rtol=0, atol=2e-3)
+        large = size > size.norm() / 400
+        assert large.sum() >= len(size) - 1 and turned.diagonal().min() >= 0
+        assert turned.diagonal()[large].min() > 0.68 and turned.diagonal()[large].max() < 1.21
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+def test_steps_of_muon_are_those_of_torch_up_to_the_rounding_of_bfloat16():
+    torch.manual_seed(0)
+    gradients = [torch.randn(shape) for shape in ((16, 16), (16, 40), (40, 16), (16, 40))]
+    for x, ours in zip(gradients, muon_step(gradients, steps=3)):
+        matrix = torch.zeros_like(x).requires_grad_()
+        theirs = torch.optim.Muon([matrix], 1.0, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            matrix.grad = x.clone()
+            theirs.step()
+        expected = -matrix.detach() / (0.2 * max(x.shape) ** 0.5)
+        assert (ours - expected).norm() < 0.02 * expected.norm()  # bfloat16 rounds by up to 1 / 256
+
+
+def test_muon_takes_finite_steps_for_gradients_of_lower_rank_and_none_for_zero():
+    torch.manual_seed(0)
+    low = torch.outer(torch.randn(6), torch.randn(9))
+    step, none = muon_step([low, torch.zeros(6, 9)])
+    assert step.isfinite().all() and 0.68 < torch.linalg.matrix_norm(step, 2) < 1.21
+    assert torch.linalg.matrix_rank(step, rtol=1e-3) == 1 and not none.any()
+
+
 def test_a_training_step_never_changes_the_target():
     config = vpd.Config(G_type="mlp")
     model, training, x = start(config)
