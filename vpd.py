@@ -24,11 +24,11 @@ itself, here 0.8 + 0.2 * 0.25 = 0.85. The third is not needed: its mask is its s
 
 Read from top to bottom (named early: Config, of section 6, and helpers of section 10). A learner can stop after 9:
 
-    1  Subcomponents: the forward pass with masked weights     6  Settings, and the training step: the heart
-    2  From scores to masks                                    7  decompose: the warm-up and the loop
+    1  Subcomponents: the forward pass with masked weights     6  Settings, the start, the training step: the heart
+    2  From scores to masks                                    7  decompose: the loop
     3  Causal importance functions: who predicts the scores    8  Evaluation: how we know that it worked
     4  The five losses                                         9  Reading: attribution graphs, pruning, components
-    5  The adversary                                          10  Running it: processes, checks, checkpoints, pictures
+    5  Two optimizers: the adversary's, and Muon              10  Running it: processes, checks, checkpoints, pictures
 
 Shapes: B = batch, T = length of a sequence, C = subcomponents of a matrix, L = number of decomposed matrices. "..."
 stands for all positions: (B, T), or (B,) for inputs without a sequence, where each is one position. K = sum of C + 1
@@ -58,6 +58,7 @@ from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,22 +67,25 @@ Divergence = Callable[[Tensor, Tensor], Tensor]  # (target output, masked output
 # ---- 1  Subcomponents: the forward pass with masked weights ---------------------------------------------------------
 @contextlib.contextmanager
 def _hooked(model: nn.Module, paths, hook: Callable):
-    """Inside, hook(path, module, args, output) runs after each path's module. No hook stays, whatever happens."""
+    """Inside, hook(path, module, input, output) runs after each path's module. No hook stays, whatever happens."""
+    def adapted(path, module, args, kwargs, output):
+        return hook(path, module, (*args, *kwargs.values())[0], output)
     with contextlib.ExitStack() as handles:
         for path in paths:
-            handles.enter_context(model.get_submodule(path).register_forward_hook(functools.partial(hook, path)))
+            register = model.get_submodule(path).register_forward_hook
+            handles.enter_context(register(functools.partial(adapted, path), with_kwargs=True))
         yield
 
 @torch.no_grad()
 def forward_with_inputs(model: nn.Module, paths, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The plain forward pass: the target model's output, and the input (..., d_in) of every matrix in `paths`."""
     inputs = {}
-    def record(path, module, args, output):
-        refuse(path in inputs, f"{path} runs twice in a forward pass: only matrices that run once can be decomposed")
-        inputs[path] = args[0]
+    def record(path, module, x, output):
+        reject_if(path in inputs, f"{path} runs twice in a forward pass: only matrices that run once can be decomposed")
+        inputs[path] = x
     with _hooked(model, paths, record):
         output = model(batch)
-    # in the order of `paths`, not in which they ran; a matrix that did not run is left out, and `check` names it
+    # in the order of `paths`, not in which they ran; a matrix that did not run is left out (`check_target` names it)
     return output, {path: inputs[path] for path in paths if path in inputs}
 
 def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor], batch: Tensor) -> Tensor:
@@ -96,8 +100,8 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
 
     A mask of ones gives exactly the target (in float32): that is how a position is left out of the decomposition. The
     model's parameters are not touched; the masks live only in the hooks of this one call."""
-    def replace(path, module, args, output):
-        return masked_linear(module, args[0], output, U[path], V[path], masks[path])
+    def replace(path, module, x, output):
+        return masked_linear(module, x, output, U[path], V[path], masks[path])
     with _hooked(model, masks, replace):
         return model(batch)
 
@@ -114,7 +118,7 @@ def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Te
 # two of them, because two forces act on g, and each has to reach a score that has left [0, 1]:
 #   lower_leaky  is used in the masks. Reconstruction raises g: its gradient leaks through where z < 0.
 #   upper_leaky  is used in the minimality losses. They lower g: their gradient leaks through where z > 1.
-# "g" means lower_leaky(z), except in losses 3 and 4: there upper_leaky(z), which can exceed 1.
+# Only lower_leaky(z) is called g. upper_leaky(z), which losses 3 and 4 count and which can exceed 1, is the *charge*.
 
 class _LowerLeaky(torch.autograd.Function):
     @staticmethod
@@ -153,8 +157,11 @@ def side_by_side(tensors: dict[str, Tensor]) -> Tensor:
 
 def causal_importances(z: Tensor, U: dict[str, Tensor]) -> Tensor:
     """Scores (..., sum C) to causal importances g (..., K) in [0, 1]. Those of Delta are 0, by definition."""
-    delta = z.new_zeros(*z.shape[:-1], 1)
-    return torch.cat([x for g in lower_leaky(z).split([len(u) for u in U.values()], -1) for x in (g, delta)], -1)
+    zero = z.new_zeros(*z.shape[:-1], 1)
+    columns = []
+    for g in lower_leaky(z).split([len(u) for u in U.values()], -1):
+        columns += [g, zero]
+    return torch.cat(columns, -1)
 
 def make_masks(g: Tensor, sources: Tensor) -> Tensor:
     """m = g + (1 - g) r ([VPD] section 2), all (..., K); the sources r in [0, 1] are random, or an adversary's."""
@@ -165,11 +172,13 @@ def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> 
 
     The sources (..., K) of the others become 1, in place, and so do their masks: that is the target's own weight. So
     one loss covers all cases from all matrices masked (do errors add up?) to one alone (is each right by itself?)."""
-    L, positions, device = len(U), sources.shape[:-1], generator.device
-    order = torch.rand(*positions, L, generator=generator, device=device).argsort(-1)  # (..., L), a random permutation
-    k = torch.randint(1, L + 1, (*positions, 1), generator=generator, device=device)  # (..., 1)
-    for of_matrix, left_out in zip(by_path(sources, U).values(), (order >= k).split(1, -1)):
-        of_matrix.masked_fill_(left_out, 1.0)
+    L = len(U)
+    positions = sources.shape[:-1]
+    order = torch.rand(*positions, L, generator=generator, device=generator.device).argsort(-1)  # a random permutation
+    k = torch.randint(1, L + 1, (*positions, 1), generator=generator, device=generator.device)
+    left_out = (order >= k).split(1, -1)  # of each matrix (..., 1)
+    for of_matrix, out in zip(by_path(sources, U).values(), left_out):
+        of_matrix.masked_fill_(out, 1.0)
 
 # ---- 3  Causal importance functions: who predicts the scores --------------------------------------------------------
 # Both turn the inputs of the decomposed matrices on the plain forward pass, {path: (..., d_in)}, into raw scores
@@ -177,7 +186,8 @@ def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> 
 
 def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
     """||U_c|| V_c^T x of every subcomponent, (..., sum C), for inputs x of the matrices {path: (..., d_in)}."""
-    # ||U_c|| is detached: it sets the scale, and no loss shall move a score by resizing what is written
+    # ||U_c|| is detached: it sets the scale, and no loss shall move a score by resizing what is written. V is not: it
+    # may turn to what tells better whether its subcomponent is needed
     return torch.cat([x @ V[path] * U[path].detach().norm(dim=-1) for path, x in inputs.items()], -1)
 
 class ImportanceMLPs(nn.Module):
@@ -189,7 +199,8 @@ class ImportanceMLPs(nn.Module):
     that no subcomponent serves two features of almost opposite directions, which training could not part again."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
-        hidden, C = 4, sum(C for _, C in shapes.values())
+        hidden = 4
+        C = sum(C for _, C in shapes.values())
         self.w_in = nn.Parameter(torch.randn(C, 1, hidden))
         self.b_in = nn.Parameter(torch.zeros(C, 1, hidden))
         self.w_out = nn.Parameter(torch.randn(C, hidden, 1) / 16**0.5)  # the mean score starts as with 16
@@ -204,7 +215,8 @@ class ImportanceMLPs(nn.Module):
 
 def rotate(x: Tensor) -> Tensor:
     """Rotary position embedding (RoPE, arXiv 2104.09864), base 10,000. x: (B, heads, T, d), d even; same shape out."""
-    T, half = x.shape[-2], x.shape[-1] // 2
+    T = x.shape[-2]
+    half = x.shape[-1] // 2
     frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(T, device=x.device)[:, None] * frequency  # (T, d / 2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -216,9 +228,12 @@ class ImportanceBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm_attention = nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.RMSNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, width = x.shape
@@ -234,7 +249,8 @@ class ImportanceTransformer(nn.Module):
     it adds a learned multiple of the size of the subcomponent's own activation; so attacks (section 8) get less far."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
         super().__init__()
-        width, sum_C = config.G_width, sum(C for _, C in shapes.values())
+        width = config.G_width
+        sum_C = sum(C for _, C in shapes.values())
         self.project = nn.Linear(sum(d_in for d_in, _ in shapes.values()), width)
         self.blocks = nn.Sequential(*(ImportanceBlock(width, config.G_heads) for _ in range(config.G_blocks)))
         self.read_out = nn.Linear(width, sum_C)
@@ -278,13 +294,14 @@ def adversarial_reconstruction(model, U, V, g, batch, target, divergence: Diverg
     return divergence(target, masked_forward(model, U, V, by_path(make_masks(g, sources), U), batch))
 
 def usage(z: Tensor, p: float) -> tuple[Tensor, int]:
-    """What losses 3 and 4 share: S_c = sum of |g_c|^p over all positions, (sum C,), and their number. Both losses are
-    of the GLOBAL batch: of a split one, add up S and positions first. Where z <= 0, g and its slope are 0: only the
-    other scores, soon a few in a hundred, are raised to the power."""
+    """What losses 3 and 4 share: S_c = sum of charge_c^p over the positions of the GLOBAL batch, (sum C,), and their
+    number. Where z <= 0, the charge and its slope are 0: only the other scores, soon a few in a hundred, are raised to
+    the power."""
     z = z.flatten(0, -2)  # (positions, sum C)
-    position, column = (z > 0).nonzero(as_tuple=True)
-    powers = (upper_leaky(z[position, column]) + 1e-12).pow(p)  # 1e-12: for p < 1 the slope at g = 0 is infinite
-    return z.new_zeros(z.shape[1]).index_add(0, column, powers), len(z)
+    position, c = (z > 0).nonzero(as_tuple=True)
+    powers = (upper_leaky(z[position, c]) + 1e-12).pow(p)  # 1e-12: for p < 1 the slope at 0 is infinite
+    S = z.new_zeros(z.shape[1]).index_add(0, c, powers)
+    return all_reduce_sum(S), world_size() * len(z)
 
 def importance_minimality(S: Tensor, positions: int) -> Tensor:
     """Loss 3. sum_c S_c / positions: few subcomponents shall matter on any one input; scalar."""
@@ -296,26 +313,29 @@ def frequency_minimality(S: Tensor, positions: int) -> Tensor:
 
 def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
     """Loss 5. The mean of Delta^2 over all decomposed weights; scalar. The only place where Delta is built."""
-    weights = {path: model.get_submodule(path).weight.detach().float() for path in U}
-    squares = [(W - (V[path] @ U[path]).T).square().sum() for path, W in weights.items()]
-    return sum(squares) / sum(W.numel() for W in weights.values())
+    squares = weights = 0
+    for path in U:
+        W = model.get_submodule(path).weight.detach().float()
+        squares = squares + (W - (V[path] @ U[path]).T).square().sum()
+        weights += W.numel()
+    return squares / weights
 
-# ---- 5  The adversary -----------------------------------------------------------------------------------------------
+# ---- 5  Two optimizers: the adversary's, and Muon --------------------------------------------------------------------
 # Random sources rarely find the worst ablation, and a new search at every step would be too slow. So the sources, one
 # for each mask at each place in the batch, persist over the whole training, and every step moves them a little uphill
 # on the loss. The data at a place changes, so that the adversary becomes good at what hurts on many inputs.
 
-def start_adversary(sources: list[Tensor], config: Config) -> torch.optim.Adam:
+def start_ascent(sources: Tensor, lr: float) -> torch.optim.Adam:
     """The optimizer that moves the sources (..., K) uphill."""
+    fused = sources.device.type in ("cpu", "cuda")
     # ours: eps = 1e-20, not 1e-8: the gradient of one source shrinks with the batch (toys are too small to need it)
-    settings = {"lr": config.adversary_lr, "betas": (0.5, 0.99), "fused": sources[0].device.type in ("cpu", "cuda")}
-    return torch.optim.Adam([x.requires_grad_() for x in sources], eps=1e-20, maximize=True, **settings)
+    return torch.optim.Adam([sources.requires_grad_()], lr, (0.5, 0.99), eps=1e-20, maximize=True, fused=fused)
 
 @torch.no_grad()
 def ascend(ascent: torch.optim.Optimizer, sources: Tensor, gradient: Tensor) -> None:
-    """One step of the adversary along the gradient of these sources, which are then clamped to [0, 1]."""
+    """One step of the adversary along the gradient of the sources, which are then clamped to [0, 1]."""
     sources.grad = gradient
-    ascent.step()  # it moves what has a gradient
+    ascent.step()
     sources.grad = None
     sources.clamp_(0, 1)
 
@@ -359,11 +379,11 @@ class Muon(torch.optim.Optimizer):
             for x, step in zip(matrices, orthogonalize(torch.stack(updates))):
                 x.sub_(step if x.shape[1] == m else step.T, alpha=0.2 * m**0.5 * group["lr"])
 
-# ---- 6  Settings, and the training step: the heart ------------------------------------------------------------------
+# ---- 6  Settings, the start, and the training step: the heart -------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model. Other
-    comments name toys of toy_models.py. L0: the mean number of g > 0 at a position. Price: w_importance, w_frequency.
+    comments name toys of toy_models.py. L0: the mean number of g > 0 at a position.
     On a new model tune in this order: w_importance, w_delta, lr, adversary_lr, w_frequency, C (of `decompose`)."""
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
@@ -371,16 +391,16 @@ class Config:
     muon: float = 1.0  # [0] U and V step by Muon, at so many times lr (0: AdamW, lr); ours: laptop L0 84, not 107
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
-    warmup_steps: int = 400  # [400] of the warm-up that makes Delta small: Delta-L2 alone, U and V only, lr 1e-3
+    faithfulness_steps: int = 400  # [400] of U and V alone, on Delta-L2, before the training (`fit_weights`)
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: it can explode as p falls below 1 (toys: never did)
-    w_stochastic: float = 0.5  # [0.5] the weights of the losses; a reconstruction loss with weight 0 is not computed
+    w_stochastic: float = 0.5  # [0.5] the weights of the five losses
     w_adversarial: float = 0.5  # [0.5]
     shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 in laptop and gpu
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
     w_delta: float = 0.5  # [1e7] as low as keeps Delta small: higher, parts merge less (shrink 0: 1e6 L0 61, 1e4 47)
-    price_start: float = 1.0  # [1] a factor on the price that falls geometrically to 1; ours: resid_mlp1 needs 120
+    price_start: float = 1.0  # [1] a factor on losses 3 and 4, falls geometrically to 1; ours: resid_mlp1 needs 120
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
     adversary_lr: float = 0.01  # [0.01] of the ascent on the sources, after a linear warm-up over 2.5 % of the run
@@ -391,7 +411,6 @@ class Config:
     G_heads: int = 4  # [16] the transformer's attention heads
     G_activations: bool = True  # [False] the transformer's scores see the size of their own activation, too
     bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs
-    accumulate: int = 1  # [1] micro-batches in a step, one after the other: for less memory, the same gradients
 
 @dataclasses.dataclass
 class Decomposition:
@@ -405,105 +424,125 @@ class Decomposition:
 class Training:
     """Everything that changes while training, and that a checkpoint holds."""
     decomposition: Decomposition
-    optimizers: list[torch.optim.Optimizer]  # of U and V, and of G
-    sources: list[Tensor]  # the persistent adversary's, (..., K) for each micro-batch
+    optimizer_UV: torch.optim.Optimizer
+    optimizer_G: torch.optim.Optimizer
+    sources: Tensor  # the persistent adversary's, (..., K)
     ascent: torch.optim.Optimizer  # of the sources, uphill
-    data: torch.Generator  # for batches, on the CPU
-    noise: torch.Generator  # for stochastic sources and routing, on the model's device
+    data_generator: torch.Generator  # for batches, on the CPU
+    noise_generator: torch.Generator  # for stochastic sources and routing, on the model's device
     step: int = 0  # steps taken
     seconds: float = 0.0  # spent so far
+
+def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config, process: int = 0) -> Training:
+    """A run at step 0 ([VPD] section 5): V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1) for batches like this one;
+    for one seed the same on every device. process: the number of this one, where several train together. U, V and G are
+    equal in all of them, sources, data and noise are not."""
+    weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
+    device = next(iter(weights.values())).device
+    with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
+        torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
+        V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
+        U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
+        G = importance_function(V, config).to(device)
+    for path in C:
+        U[path] = U[path].to(device).requires_grad_()
+        V[path] = V[path].to(device).requires_grad_()
+    UV = [*U.values(), *V.values()]
+    adamw = {"lr": config.lr, "betas": (0.9, config.beta2), "weight_decay": 0, "fused": device.type in ("cpu", "cuda")}
+    optimizer_UV = Muon(UV, config.lr) if config.muon else torch.optim.AdamW(UV, **adamw)
+    optimizer_G = torch.optim.AdamW(G.parameters(), **adamw)
+
+    def stream(n: int, on) -> torch.Generator:
+        """A generator of its own for each use and process; none has the seed of the weights."""
+        return torch.Generator(on).manual_seed(config.seed + 1_000_003 * (4 * process + n))
+    _, inputs = forward_with_inputs(model, C, batch.to(device))
+    positions = next(iter(inputs.values())).shape[:-1]
+    sources = torch.rand(*positions, sum(C.values()) + len(C), generator=stream(1, "cpu")).to(device)
+    ascent = start_ascent(sources, config.adversary_lr)
+    decomposition = Decomposition(U, V, G, config.bf16)
+    data_generator = stream(2, "cpu")
+    noise_generator = stream(3, device)
+    return Training(decomposition, optimizer_UV, optimizer_G, sources, ascent, data_generator, noise_generator)
+
+def fit_weights(model: nn.Module, decomposition: Decomposition, config: Config) -> None:
+    """The faithfulness warm-up: before the training, fit U and V alone to the weights, by AdamW with lr 1e-3 on loss 5
+    ([VPD] section 5)."""
+    UV = [*decomposition.U.values(), *decomposition.V.values()]
+    optimizer = torch.optim.AdamW(UV, lr=1e-3, weight_decay=0)
+    for _ in with_progress(range(config.faithfulness_steps), "warm-up"):
+        optimizer.zero_grad()
+        delta_l2(model, decomposition.U, decomposition.V).backward()
+        optimizer.step()
+    broadcast([*UV, *decomposition.G.parameters()])  # the last digits of several processes may differ
 
 def precision(device: torch.device | str, bf16: bool):
     """A context in which matrix products run in bfloat16, if `bf16`, and else in float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
 
-def predict(model, found: Decomposition, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """On a batch: the target's output, the scores z (..., sum C) and the causal importances g (..., K)."""
-    with precision(batch.device, found.bf16):
-        target, inputs = forward_with_inputs(model, found.U, batch)
-        z = found.G(inputs, found.U, found.V)
-    return target, z, causal_importances(z, found.U)
+def predict_scores(model, decomposition: Decomposition, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """On a batch: the target's output, and the scores z (..., sum C)."""
+    with precision(batch.device, decomposition.bf16):
+        target, inputs = forward_with_inputs(model, decomposition.U, batch)
+        z = decomposition.G(inputs, decomposition.U, decomposition.V)
+    return target, z
+
+def set_learning_rates(training: Training, config: Config) -> None:
+    """U, V and G: a cosine from the full rate to `lr_final` of it. The sources: a linear warm-up, then constant."""
+    cosine = 0.5 * (1 + math.cos(math.pi * training.step / config.steps))
+    lr = config.lr * (config.lr_final + (1 - config.lr_final) * cosine)
+    training.optimizer_G.param_groups[0]["lr"] = lr
+    training.optimizer_UV.param_groups[0]["lr"] = lr * (config.muon or 1)
+    warm = min(1, (training.step + 1) / (0.025 * config.steps))
+    training.ascent.param_groups[0]["lr"] = config.adversary_lr * warm
 
 def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms. Raises
-    BadInput if one of them is not finite, before U, V and G are changed.
-
-    Memory in bytes, beside those of the model, U, V and G: 4 * positions * (3 * sum C, for the sources, + (15 * sum C +
-    6 * outputs per position) / accumulate). For one process `global_mean` (section 10) does nothing."""
+    BadInput if one of them is not finite, before U, V and G are changed."""
     U, V = training.decomposition.U, training.decomposition.V
-    UV, G_parameters = [*U.values(), *V.values()], list(training.decomposition.G.parameters())
+    UV = [*U.values(), *V.values()]
+    G_parameters = list(training.decomposition.G.parameters())
+    sources = training.sources
+    set_learning_rates(training, config)
     elapsed = training.step / config.steps
-    cosine = 0.5 * (1 + math.cos(math.pi * elapsed))
-    for optimizer, lr in zip(training.optimizers, (config.lr * (config.muon or 1), config.lr)):
-        optimizer.param_groups[0]["lr"] = lr * (config.lr_final + (1 - config.lr_final) * cosine)
-        optimizer.zero_grad()
-    training.ascent.param_groups[0]["lr"] = config.adversary_lr * min(1, (training.step + 1) / (0.025 * config.steps))
     p = config.p_start + (config.p_end - config.p_start) * elapsed
-    price_factor = config.price_start ** (1 - elapsed)
+    price = config.price_start ** (1 - elapsed)
 
-    # total = config.w_stochastic * loss_stochastic + config.w_adversarial * loss_adversarial
-    #         + price_factor * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
-    #         + config.w_delta * loss_delta
-    # Losses 3 and 4 need S of all micro-batches first. A single one keeps its graph; several are run again below
-    n, S, positions, l0 = config.accumulate, 0, 0, 0
-    for part in batch.chunk(n):
-        with torch.set_grad_enabled(n == 1):
-            target, z, g = predict(model, training.decomposition, part)
-            S_part, positions_part = usage(z, p)
-        S, positions, l0 = S + S_part.detach(), positions + positions_part, l0 + (g > 0).sum() / (n * positions_part)
-    global_mean([S])
-    whole = processes() * S.requires_grad_(), processes() * positions  # of all processes
-    loss_importance, loss_frequency = importance_minimality(*whole), frequency_minimality(*whole)
-    minimality = config.w_importance * loss_importance + config.w_frequency * loss_frequency
-    (price,) = torch.autograd.grad(price_factor * minimality, S)  # what more use of each costs, (sum C,)
+    target, z = predict_scores(model, training.decomposition, batch)
+    g = causal_importances(z, U)
+    with precision(batch.device, config.bf16):
+        for _ in range(config.adversary_steps):
+            loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
+            ascend(training.ascent, sources, torch.autograd.grad(config.w_adversarial * loss, sources)[0])
+        loss_stochastic = stochastic_reconstruction(
+            model, U, V, g, batch, target, divergence, training.noise_generator, config.shrink)  # fmt: skip
+        loss_adversarial = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
+    S, positions = usage(z, p)
+    loss_importance = importance_minimality(S, positions)
+    loss_frequency = frequency_minimality(S, positions)
+    loss_delta = delta_l2(model, U, V)
+    total = (config.w_stochastic * loss_stochastic + config.w_adversarial * loss_adversarial
+             + price * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
+             + config.w_delta * loss_delta)  # fmt: skip
+    training.optimizer_UV.zero_grad()
+    training.optimizer_G.zero_grad()
+    total.backward(inputs=[*UV, *G_parameters, sources])
+    ascend(training.ascent, sources, sources.grad)  # one more step up, as the gradient is there anyway
 
-    losses, loss_delta = 0, delta_l2(model, U, V)
-    for part, sources in zip(batch.chunk(n), training.sources):
-        if n > 1:
-            target, z, g = predict(model, training.decomposition, part)
-            S_part, _ = usage(z, p)
-        g_leaf = g.detach().requires_grad_()  # cut off from G
-        losses += reconstruct(model, part, divergence, training, config, target, g_leaf, sources)
-        # Both gradients of g have added up in g_leaf; one backward pass takes the sum through G
-        once = [config.w_delta * loss_delta] if sources is training.sources[-1] else []  # no part of the batch
-        gradients = [price, g_leaf.grad] + [None] * len(once)  # None means 1
-        torch.autograd.backward([S_part, g, *once], gradients, inputs=[*UV, *G_parameters])
-    global_mean([x.grad for x in [*UV, *G_parameters]])
-    values = {"stochastic": losses[0], "adversarial": losses[1], "importance_minimality": loss_importance}
-    values |= {"frequency_minimality": loss_frequency, "delta_l2": loss_delta, "L0": l0}
-    values["gradient of U and V"] = nn.utils.clip_grad_norm_(UV, config.clip_UV)
-    values["gradient of G"] = nn.utils.clip_grad_norm_(G_parameters, config.clip_G)
-    values = finite_numbers(values, target, training.step)
-    for optimizer in training.optimizers:
-        optimizer.step()
+    all_reduce_mean([x.grad for x in [*UV, *G_parameters]])
+    values = {"stochastic": loss_stochastic, "adversarial": loss_adversarial, "importance_minimality": loss_importance,
+              "frequency_minimality": loss_frequency, "delta_l2": loss_delta, "L0": (g > 0).sum(-1).float().mean(),
+              "gradient of U and V": nn.utils.clip_grad_norm_(UV, config.clip_UV),
+              "gradient of G": nn.utils.clip_grad_norm_(G_parameters, config.clip_G)}  # fmt: skip
+    numbers = finite_numbers(values, target, training.step)
+    training.optimizer_UV.step()
+    training.optimizer_G.step()
     training.step += 1
-    return values
+    return numbers
 
-def reconstruct(model, part, divergence, training: Training, config: Config, target, g, sources) -> Tensor:
-    """The adversary's inner ascent on a micro-batch, then its shares of losses 1 and 2, (2,). Adds their gradients to
-    those of U, V and g, a leaf (..., K): each as soon as it is there, which frees its graph before the next."""
-    U, V, n = training.decomposition.U, training.decomposition.V, config.accumulate
-    leaves, losses = [*U.values(), *V.values(), g], torch.zeros(2, device=g.device)
-    with precision(part.device, config.bf16):
-        for _ in range(config.adversary_steps if config.w_adversarial else 0):
-            loss = adversarial_reconstruction(model, U, V, g, part, target, divergence, sources)
-            ascend(training.ascent, sources, torch.autograd.grad(loss, sources)[0])
-        if config.w_stochastic:
-            loss = stochastic_reconstruction(model, U, V, g, part, target, divergence, training.noise, config.shrink)
-            (config.w_stochastic / n * loss).backward(inputs=leaves)
-            losses[0] = loss.detach() / n
-        if config.w_adversarial:
-            loss = adversarial_reconstruction(model, U, V, g, part, target, divergence, sources)
-            (config.w_adversarial / n * loss).backward(inputs=[*leaves, sources])
-            losses[1] = loss.detach() / n
-            # One more step up, as the gradient is there anyway; without its factor: Adam's moments keep one scale
-            ascend(training.ascent, sources, sources.grad / (config.w_adversarial / n))
-    return losses
-
-# ---- 7  decompose: the warm-up and the loop -------------------------------------------------------------------------
+# ---- 7  decompose: the loop -----------------------------------------------------------------------------------------
 def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Generator], Tensor],
               divergence: Divergence, config: Config = Config(), out: str | Path | None = None,
-              checkpoint_seconds: float = 60, glance: Callable | None = None) -> Decomposition:  # fmt: skip
+              checkpoint_seconds: float = 60, validate: Callable | None = None) -> Decomposition:  # fmt: skip
     """Decompose the `nn.Linear`s named by the keys of C into C[path] subcomponents each.
 
     model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
@@ -512,118 +551,164 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
     out: a folder (section 10) for run.json, log.jsonl, and every `checkpoint_seconds` and at the end checkpoint.pt. If
         it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with equal
         threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
-    glance(decomposition): figures {name: number} for log.jsonl, asked for every tenth of the run.
-    Raises BadInput: see `check`, `claim_folder`, `load_checkpoint`; if shapes differ, or a loss is not finite."""
-    training, next_batch, after_step = open_run(model, C, get_batch, config, out, checkpoint_seconds, glance)
+    validate(decomposition): figures {name: number} for log.jsonl, asked for every tenth of the run.
+    Raises BadInput: see `check_target`, `claim_folder`, `load_checkpoint`; for other shapes, or a loss not finite."""
+    first = get_batch(torch.Generator().manual_seed(config.seed))
+    check_target(model, C, first, config)
+    training = initialize(model, C, first, config, rank())
+    device = training.noise_generator.device
+    folder = Path(out) if out else None
+    if folder:
+        with rank_0_first():
+            claim_folder(folder, model, C, config, device)
+        load_checkpoint(folder, training, config)
     if training.step == 0:
-        faithfulness_warmup(model, training.decomposition, config)
+        fit_weights(model, training.decomposition, config)
+    start = time.monotonic() - training.seconds
+    saved = training.seconds
     while training.step < config.steps:
-        values = training_step(model, next_batch(), divergence, training, config)
-        after_step(values)  # log, progress, checkpoint
+        batch = get_batch(training.data_generator)
+        differs = f"batch {training.step} has shape {tuple(batch.shape)}, not {tuple(first.shape)}, as the first had"
+        reject_if(batch.shape != first.shape, differs)
+        values = training_step(model, batch.to(device), divergence, training, config)
+        training.seconds = time.monotonic() - start
+        last = training.step == config.steps
+        look = last or training.step % max(1, config.steps // 10) == 0
+        if validate and look and rank() == 0:
+            values |= validate(training.decomposition)
+        log_step(values, training, config, folder, look)
+        due = torch.tensor(float(last or training.seconds - saved > checkpoint_seconds), device=device)
+        broadcast([due])  # all processes save when the first does
+        if folder and due:
+            save_checkpoint(folder, training)
+            saved = training.seconds
     return training.decomposition
-
-def faithfulness_warmup(model: nn.Module, decomposition: Decomposition, config: Config) -> None:
-    """Before the training, fit U and V alone to the weights: AdamW, lr 1e-3, on Delta-L2 ([VPD] section 5)."""
-    UV = [*decomposition.U.values(), *decomposition.V.values()]
-    optimizer = torch.optim.AdamW(UV, lr=1e-3, weight_decay=0)
-    for _ in with_progress(range(config.warmup_steps), "warm-up"):
-        optimizer.zero_grad()
-        delta_l2(model, decomposition.U, decomposition.V).backward()
-        optimizer.step()
-    equalize([*UV, *decomposition.G.parameters()])  # of several processes, whose last digits may differ
 
 # ---- 8  Evaluation: how we know that it worked ([VPD] section 6) ----------------------------------------------------
 ALIVE = 1e-6  # a subcomponent is alive if its mean causal importance over the evaluation set exceeds this (as in [VPD])
-KEPT = 2.5e8  # how many numbers `evaluate` keeps: 1 GB
+MASKINGS = ("unmasked", "stochastic", "rounded at 0", "rounded at 0.1", "rounded at 0.5", "g as masks", "ablated")
 
 @torch.no_grad()
 def predict_importances(model, decomposition: Decomposition, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The target's output on a batch, and the causal importances {path: (..., C + 1)} of the subcomponents there."""
-    target, _, g = predict(model, decomposition, batch)
-    return target, by_path(g, decomposition.U)
+    target, z = predict_scores(model, decomposition, batch)
+    return target, by_path(causal_importances(z, decomposition.U), decomposition.U)
 
-def count_subcomponents(importances: Iterable[dict[str, Tensor]]) -> dict:
-    """{"matrices": {path: counts}, "total": counts} on the importances of equal batches. Counts: "C"; "alive": mean g
-    above ALIVE; "l0": how many have g > 0 at a position, on average; "l0_above_0.1": g > 0.1; "l0_per_alive";
-    "mean_importance" (C,), not in "total"."""
-    sums, matrices = {}, {}
+def count_subcomponents(importances: Iterable[dict[str, Tensor]]) -> dict[str, dict]:
+    """Per matrix, on the importances of equal batches, {path: {"C"; "alive": mean g above ALIVE; "L0": how many have
+    g > 0 at a position, on average; "L0 above 0.1": g > 0.1; "mean_importance": C numbers}}."""
+    sums = collections.defaultdict(lambda: collections.defaultdict(float))
     for n, g in enumerate(importances, 1):
         for path, x in g.items():
             x = x[..., :-1].flatten(0, -2)  # (positions, C)
-            of_batch = x.mean(0), *((x > h).sum(-1).float().mean().item() for h in (0, 0.1))
-            sums[path] = [a + b for a, b in zip(sums.get(path, (0, 0, 0)), of_batch)]
-    for path, of_batches in sums.items():
-        mean, l0, l0_above = (x / n for x in of_batches)
-        alive = int((mean > ALIVE).sum())
-        matrices[path] = {"C": len(mean), "alive": alive, "l0": l0, "l0_above_0.1": l0_above}
-        matrices[path] |= {"l0_per_alive": l0 / max(1, alive), "mean_importance": mean.tolist()}
-    total = {key: sum(matrix[key] for matrix in matrices.values()) for key in ("C", "alive", "l0", "l0_above_0.1")}
-    return {"matrices": matrices, "total": {**total, "l0_per_alive": total["l0"] / max(1, total["alive"])}}
+            sums[path]["importance"] += x.mean(0)
+            sums[path]["L0"] += (x > 0).sum(-1).float().mean().item()
+            sums[path]["L0 above 0.1"] += (x > 0.1).sum(-1).float().mean().item()
+    matrices = {}
+    for path, of in sums.items():
+        mean = of["importance"] / n
+        matrices[path] = {"C": len(mean), "alive": int((mean > ALIVE).sum()), "L0": of["L0"] / n,
+                          "L0 above 0.1": of["L0 above 0.1"] / n, "mean_importance": mean.tolist()}  # fmt: skip
+    return matrices
+
+def total_counts(matrices: dict[str, dict]) -> dict[str, float]:
+    """The sums of `count_subcomponents` over all matrices."""
+    return {key: sum(of[key] for of in matrices.values()) for key in ("C", "alive", "L0", "L0 above 0.1")}
+
+def evaluation_mask(masking: str, g: Tensor, generator: torch.Generator) -> Tensor:
+    """The masks of the subcomponents with importances g (..., C) under one of MASKINGS. "stochastic": sources
+    ~ U(0, 1), whatever `shrink`. "rounded at h": 1 where g > h, else 0."""
+    if masking == "unmasked":
+        return torch.ones_like(g)
+    if masking == "stochastic":
+        return make_masks(g, torch.rand(g.shape, generator=generator, device=g.device))
+    if masking == "g as masks":
+        return g
+    if masking == "ablated":
+        return torch.zeros_like(g)
+    return (g > float(masking.removeprefix("rounded at "))).to(g)
 
 def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one. Delta's mask is 0 in
-    all, also in "unmasked": the subcomponents alone are judged. "stochastic": sources ~ U(0, 1), whatever `shrink`."""
-    maskings = {
-        "unmasked": torch.ones_like,
-        "stochastic": lambda x: x + (1 - x) * torch.rand(x.shape, generator=generator, device=x.device),
-        **{f"rounded_{h}": lambda x, h=h: (x > h).to(x) for h in (0, 0.1, 0.5)},
-        "g": lambda x: x,
-        "ablated": torch.zeros_like,
-    }
-    for name, masking in maskings.items():
-        yield name, {path: F.pad(masking(x[..., :-1]), (0, 1)) for path, x in g.items()}
+    all, also in "unmasked": the subcomponents alone are judged."""
+    for masking in MASKINGS:
+        masks = {}
+        for path, x in g.items():
+            masks[path] = F.pad(evaluation_mask(masking, x[..., :-1], generator), (0, 1))
+        yield masking, masks
 
 @torch.enable_grad()  # `evaluate` runs without gradients
-def fresh_adversary(model, decomposition: Decomposition, cases: Callable, divergence: Divergence, positions=(),
+def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(),
                     movable=None, seed=0, steps=80, size=0.1) -> list[float]:  # fmt: skip
-    """The attack ([VPD] section 6): the divergence after 0, 1, ... steps of sign ascent, of this size, from random
-    sources. cases(): (batch, target output, g), ..., asked for at each step. movable: bools (*positions, K), or all.
+    """The attack ([VPD] section 6): the largest divergence within 0, 1, ... steps of sign ascent, of this size, from
+    random sources. (The last may be smaller: steps of 0.1 overshoot.) cases: (batch, target output, g) of equal
+    batches. movable: bools (*positions, K), or all. Delta's mask is its source, as in training, and moves with the rest.
     positions: () for ONE source per mask, the same at all positions, which finds systematic flaws and not the noise of
     single inputs; the shape of the positions for one at each."""
-    U, V, reached = decomposition.U, decomposition.V, []
-    device, K = next(iter(U.values())).device, sum(len(u) + 1 for u in U.values())
+    U, V = decomposition.U, decomposition.V
+    device = next(iter(U.values())).device
+    K = sum(len(u) + 1 for u in U.values())
     sources = torch.rand(*positions, K, generator=torch.Generator(device).manual_seed(seed), device=device)
     sources.requires_grad_()
+    largest = []
     for _ in with_progress(range(1 + steps), "fresh adversary"):
-        total, gradient = 0.0, torch.zeros_like(sources)
-        for n, (batch, target, g) in enumerate(cases(), 1):
+        total = 0.0
+        gradient = torch.zeros_like(sources)
+        for batch, target, g in cases:
             with precision(device, decomposition.bf16):
                 loss = adversarial_reconstruction(model, U, V, side_by_side(g), batch, target, divergence, sources)
             gradient += torch.autograd.grad(loss, sources)[0]
             total += loss.item()
-        reached.append(total / n)
-        sources.data.add_(size * gradient.sign() * (1 if movable is None else movable)).clamp_(0, 1)
-    return reached
-
-def largest_within(reached: list[float], steps=(20, 40, 80)) -> dict[str, float]:
-    """{"20": the largest divergence of an attack in 20 steps, ...}. Not the last: steps of 0.1 overshoot."""
-    return {str(n): torch.tensor(reached[: n + 1], dtype=torch.float64).max().item() for n in steps}  # NaN, if one is
+        largest.append(max(total / len(cases), *largest[-1:]))  # once NaN, always NaN
+        step = size * gradient.sign()
+        sources.data.add_(step if movable is None else step * movable).clamp_(0, 1)
+    return largest
 
 @torch.no_grad()
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None) -> dict:
-    """All figures that every decomposition reports, as a dict for JSON. batches: the evaluation set, of one shape.
-    "matrices" and "total": see `count_subcomponents`. "divergence" from the target, by masking. "adversary": divergence
-    under a fresh adversary with one source per mask. "delta": the mean of Delta^2. With loss(batch, output) -> scalar
-    (the target's training loss), also "loss": of "target", and by masking. Raises BadInput if shapes differ."""
-    refuse(len({batch.shape for batch in batches}) != 1, "the evaluation batches differ in shape: give equal ones")
-    U, V, bf16, device, n = decomposition.U, decomposition.V, decomposition.bf16, batches[0].device, len(batches)
-    cases = lambda: ((batch, *predict_importances(model, decomposition, batch)) for batch in batches)
-    _, target, g = next(cases())
-    if n * sum(x.numel() for x in (target, *g.values())) < KEPT:  # else made one by one, at every step of the attack
-        kept = list(cases())
-        cases = lambda: kept
-    generator = torch.Generator(device).manual_seed(seed)
-    divergences, losses = collections.defaultdict(float), collections.defaultdict(float)
-    for batch, target, g in cases():
-        losses["target"] += loss(batch, target).item() / n if loss else 0
+    """What every decomposition reports, as a dict for JSON: {"figures": {name: number}, "matrices": see
+    `count_subcomponents`}. batches: the evaluation set, of one shape. The figures: sums over all matrices, the
+    divergence from the target by masking and under a fresh adversary with one source per mask, the mean of Delta^2.
+    With loss(batch, output) -> scalar (the target's training loss), also how far it is above that of the target.
+    Keeps outputs and importances of all batches, and takes some 90 passes, forward and backward. Raises BadInput if
+    shapes differ."""
+    shapes = {batch.shape for batch in batches}
+    reject_if(len(shapes) != 1, "the evaluation batches differ in shape: give equal ones")
+    cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
+    matrices = count_subcomponents(g for _, _, g in cases)
+    divergences = dict.fromkeys(MASKINGS, 0.0)
+    losses = dict.fromkeys(MASKINGS, 0.0)
+    target_loss = 0.0
+    generator = torch.Generator(batches[0].device).manual_seed(seed)
+    for batch, target, g in cases:
+        target_loss += loss(batch, target).item() / len(cases) if loss else 0
         for masking, masks in evaluation_masks(g, generator):
-            with precision(device, bf16):
-                output = masked_forward(model, U, V, masks, batch)
-            divergences[masking] += divergence(target, output).item() / n
-            losses[masking] += loss(batch, output).item() / n if loss else 0
-    metrics = {"alive_threshold": ALIVE, **count_subcomponents(g for *_, g in cases()), "divergence": dict(divergences)}
-    metrics["adversary"] = largest_within(fresh_adversary(model, decomposition, cases, divergence, seed=seed))
-    return metrics | {"delta": delta_l2(model, U, V).item()} | ({"loss": dict(losses)} if loss else {})
+            with precision(batch.device, decomposition.bf16):
+                output = masked_forward(model, decomposition.U, decomposition.V, masks, batch)
+            divergences[masking] += divergence(target, output).item() / len(cases)
+            losses[masking] += loss(batch, output).item() / len(cases) if loss else 0
+    attack = fresh_adversary(model, decomposition, cases, divergence, seed=seed)
+    figures = total_counts(matrices)
+    figures |= {f"divergence, {masking}": x for masking, x in divergences.items()}
+    figures |= {f"fresh adversary, {steps} steps": attack[steps] for steps in (20, 40, 80)}
+    figures["mean of Delta^2"] = delta_l2(model, decomposition.U, decomposition.V).item()
+    figures["evaluated positions"] = len(batches) * side_by_side(g).shape[:-1].numel()
+    if loss:
+        figures["loss of the target"] = target_loss
+        figures |= {f"loss above target, {masking}": losses[masking] - target_loss for masking in MASKINGS}
+    return {"figures": figures, "matrices": matrices}
+
+def table(metrics: dict) -> str:
+    """What `evaluate` returns, with what was added to it, as text: a line for each figure, then one for each matrix."""
+    lines = [f"{name:40s} {x:10.4g}" for name, x in metrics["figures"].items()]
+    columns = {}  # name: width
+    for of in metrics["matrices"].values():
+        columns |= {name: max(10, len(name) + 2) for name in of if name != "mean_importance"}
+    lines.append(" " * 20 + "".join(f"{name:>{width}s}" for name, width in columns.items()))
+    for path, of in metrics["matrices"].items():
+        cells = [f"{of[name]:{width}.4g}" if name in of else " " * width for name, width in columns.items()]
+        lines.append(f"{path:20s}" + "".join(cells))
+    return "\n".join(lines)
 
 # ---- 9  Reading a decomposition ([VPD] section 8) -------------------------------------------------------------------
 def cut_forward(model, decomposition: Decomposition, masks: dict, batch: Tensor, embeddings=()) -> tuple:
@@ -633,11 +718,13 @@ def cut_forward(model, decomposition: Decomposition, masks: dict, batch: Tensor,
     embeddings: paths of modules that write, but are not decomposed. Returns the output; the activations a_c =
     ||U_c|| V_c^T x, {path: (..., C)}; and the writes, {path: (..., d_out)}, in the order in which they run. In float32,
     also for a run in bfloat16: attributions are small differences."""
-    U, V, activations, writes = decomposition.U, decomposition.V, {}, {}
-    def cut(path, module, args, output):
+    U, V = decomposition.U, decomposition.V
+    activations = {}
+    writes = {}
+    def cut(path, module, x, output):
         if path in U:
-            activations[path] = args[0] @ V[path] * U[path].norm(dim=-1)
-            output = masked_linear(module, args[0], output, U[path], V[path], masks[path])
+            activations[path] = x @ V[path] * U[path].norm(dim=-1)
+            output = masked_linear(module, x, output, U[path], V[path], masks[path])
         writes[path] = output.detach().requires_grad_()
         return writes[path]
     with _hooked(model, (*embeddings, *U), cut):
@@ -651,15 +738,17 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
     bias and Delta. For an embedding: (..., 1). If value is linear in the writes (no constant), they add up to it."""
     if not value.requires_grad:  # nothing that writes is in it
         return {}
-    gradients, attributed = torch.autograd.grad(value, [*writes.values()], retain_graph=True, allow_unused=True), {}
+    gradients = torch.autograd.grad(value, [*writes.values()], retain_graph=True, allow_unused=True)
+    attributed = {}
     for (path, write), gradient in zip(writes.items(), gradients):
         if gradient is None:
             continue  # it runs after what value depends on
-        attributed[path] = (gradient * write).sum(-1, keepdim=True)
+        whole = (gradient * write).sum(-1, keepdim=True)
+        attributed[path] = whole
         if path in decomposition.U:
             unit = F.normalize(decomposition.U[path].detach(), dim=-1)  # U_c / ||U_c||
-            parts = masks[path][..., :-1] * activations[path].detach() * (gradient @ unit.T)  # (..., C)
-            attributed[path] = torch.cat([parts, attributed[path] - parts.sum(-1, keepdim=True)], -1)
+            of_c = masks[path][..., :-1] * activations[path].detach() * (gradient @ unit.T)  # (..., C)
+            attributed[path] = torch.cat([of_c, whole - of_c.sum(-1, keepdim=True)], -1)
     return attributed
 
 def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(),
@@ -672,60 +761,72 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
     Returns {"nodes": [{"matrix", "position", "subcomponent", "importance", "activation"}, ...],
     "edges": [{"source", "target" (numbers of nodes), "attribution", "share"}, ...]}."""
     output, activations, writes = cut_forward(model, decomposition, g, batch, embeddings)
-    nodes, edges, number, values = [], [], {}, []
+    nodes = []
+    values = {}  # number of a node: the scalar that is attributed. Nothing goes into an embedding
+    number = {}
     for path, write in writes.items():
-        places = g[path][0, :, :-1].nonzero().tolist() if path in g else [(t, 0) for t in range(write.shape[-2])]
+        places = [(t, 0) for t in range(write.shape[-2])]
+        if path in g:
+            places = g[path][0, :, :-1].nonzero().tolist()
         for t, c in places:
-            number[path, t, c] = len(nodes)
-            nodes.append({"matrix": path, "position": t, "subcomponent": c})
-            values.append(activations[path][0, t, c] if path in g else None)
+            node = {"matrix": path, "position": t, "subcomponent": c}
             if path in g:
-                nodes[-1] |= {"importance": g[path][0, t, c].item(), "activation": values[-1].item()}
+                values[len(nodes)] = activations[path][0, t, c]
+                node |= {"importance": g[path][0, t, c].item(), "activation": activations[path][0, t, c].item()}
+            number[path, t, c] = len(nodes)
+            nodes.append(node)
+    values[len(nodes)] = outcome(output)
     nodes.append({"matrix": "outcome", "position": batch.shape[1] - 1, "subcomponent": 0})
-    for target, value in enumerate([*values, outcome(output)]):
-        if value is None:
-            continue  # an embedding: nothing goes into it
+    edges = []
+    for target, value in values.items():
         attributed = attributions(value, decomposition, g, activations, writes)
         total = max(1e-30, sum(x.abs().sum().item() for x in attributed.values()))
         for path, x in attributed.items():
             x = x.reshape(-1, x.shape[-1])  # (T, C + 1), or (T, 1)
             for t, c in (x.abs() >= max(share, 1e-9) * total).nonzero().tolist():
-                if (source := number.get((path, t, c))) is not None:
-                    sizes = {"attribution": x[t, c].item(), "share": x[t, c].abs().item() / total}
-                    edges.append({"source": source, "target": target, **sizes})
+                if (path, t, c) in number:
+                    size = x[t, c].item()
+                    source = number[path, t, c]
+                    edges.append({"source": source, "target": target, "attribution": size, "share": abs(size) / total})
     return {"nodes": nodes, "edges": edges}
 
-def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, price_per_node: float,
+def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, cost_per_node: float,
           stochastic=True, adversarial=True, steps: int = 300, seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
     """Which of the subcomponents that are active on `batch` does one behaviour need? New causal importances, like g.
 
     They stay 0 where g is 0. Where g > 0 (a node) they start at g, and learn to keep loss(output), a scalar, low, at
-    price_per_node * sqrt(g) for each. Masks: m = g + (1 - g) r as ever. The sources r of nodes are random (stochastic)
+    cost_per_node * sqrt(g) for each. Masks: m = g + (1 - g) r as ever. The sources r of nodes are random (stochastic)
     or an adversary's (adversarial); if both, the mean of both losses. All other sources are random. With neither, the
-    importances themselves are the masks. AdamW on raw scores, lr 0.05, warm-up and cosine."""
-    U, V, device = decomposition.U, decomposition.V, batch.device
+    importances themselves are the masks. AdamW on raw scores, lr 0.05, warm-up over 20 steps and cosine."""
     z = side_by_side(g).requires_grad_()  # the scores, (1, T, K)
     active = z.detach() > 0
-    optimizer, generator = torch.optim.AdamW([z], lr=0.05, weight_decay=0), torch.Generator(device).manual_seed(seed)
-    sources = torch.rand(z.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    ascent = start_adversary([sources], Config(adversary_lr=0.1))
-    for step in range(steps):  # 20 of warm-up
-        optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    optimizer = torch.optim.AdamW([z], lr=0.05, weight_decay=0)
+    generator = torch.Generator(batch.device).manual_seed(seed)
+    sources = torch.rand(z.shape, generator=torch.Generator().manual_seed(seed)).to(batch.device)
+    ascent = start_ascent(sources, lr=0.1)
+    for step in range(steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 20) * cosine
         pruned = lower_leaky(z) * active
-        random = torch.rand(z.shape, generator=generator, device=device)
-        attack = torch.where(active, sources, random)
-        wanted = [r for r, use in ((random, stochastic), (attack, adversarial)) if use]
-        maskings = [make_masks(pruned, r) for r in wanted] or [pruned]
-        kept = (upper_leaky(z) * active + 1e-12).sqrt().sum()  # |g|^p, p = 0.5: few are left, and these near 1
-        with precision(device, decomposition.bf16):
-            losses = [loss(masked_forward(model, U, V, by_path(masks, U), batch)) for masks in maskings]
-        total = sum(losses) / len(losses) + price_per_node * kept
-        z.grad = sources.grad = None
+        random = torch.rand(z.shape, generator=generator, device=batch.device)
+        maskings = []
+        if stochastic:
+            maskings.append(make_masks(pruned, random))
+        if adversarial:
+            maskings.append(make_masks(pruned, torch.where(active, sources, random)))
+        losses = []
+        with precision(batch.device, decomposition.bf16):
+            for masks in maskings or [pruned]:
+                by_matrix = by_path(masks, decomposition.U)
+                losses.append(loss(masked_forward(model, decomposition.U, decomposition.V, by_matrix, batch)))
+        kept = (upper_leaky(z) * active + 1e-12).sqrt().sum()  # charge^p, p = 0.5: few are left, and these near 1
+        total = sum(losses) / len(losses) + cost_per_node * kept
+        z.grad = None
         total.backward(inputs=[z, sources])
         optimizer.step()
         if adversarial:
             ascend(ascent, sources, sources.grad)
-    return by_path((lower_leaky(z) * active).detach(), U)
+    return by_path((lower_leaky(z) * active).detach(), decomposition.U)
 
 def cluster(active: Tensor, alpha: float = 3.0) -> dict:
     """Which subcomponents are one component, because they are active together? By minimum description length.
@@ -740,31 +841,36 @@ def cluster(active: Tensor, alpha: float = 3.0) -> dict:
     Returns {"groups": lists of columns of `active`, without those that are never active, the most often active first;
     "bits_before", "bits_after": the mean cost of a position with all alone, and of the result}."""
     active = active.flatten(0, -2)
+    positions = max(1, len(active))
     groups = [[c] for c in active.any(0).nonzero()[:, 0].tolist()]
     active = active[:, active.any(0)]  # (positions, k), a copy
     both = active.float().T @ active.float()  # both[i, j]: where i and j are active; s = both[i, i]
-    rank = torch.ones(len(groups), device=active.device)  # members of each group
-    costs, best = [], []
+    members = torch.ones(len(groups), device=active.device)  # how many each group has
+    costs = [0.0] if not groups else []
+    best = []
     while groups:
-        k, s = len(groups), both.diagonal()
-        costs.append((s * (math.log2(k) + alpha * rank)).sum().item())
+        k = len(groups)
+        s = both.diagonal()
+        costs.append((s * (math.log2(k) + alpha * members)).sum().item())
         if costs[-1] <= min(costs):
-            best = list(zip(s.tolist(), groups))
+            best = [(n, list(group)) for n, group in zip(s.tolist(), groups)]
         if k == 1:
             break
         # What a merger changes, without what is the same for all pairs: where only one of the two is active, the other
         # is written out, too; where both are, one name is saved.
-        written = alpha * (s[:, None] * rank + rank[:, None] * s)
-        change = written - both * (math.log2(k - 1) + alpha * (rank[:, None] + rank))
+        written = alpha * (s[:, None] * members + members[:, None] * s)
+        change = written - both * (math.log2(k - 1) + alpha * (members[:, None] + members))
         i, j = sorted(divmod(int(change.fill_diagonal_(math.inf).argmin()), k))
-        groups[i], rank[i] = groups[i] + groups[j], rank[i] + rank[j]
+        groups[i] += groups.pop(j)
+        members[i] += members[j]
         active[:, i] |= active[:, j]
-        groups[j], rank[j], active[:, j] = groups[-1], rank[-1], active[:, -1]  # the last takes the place of j
-        both[j], both[:, j] = both[-1], both[:, -1]
-        groups, rank, active, both = groups[:-1], rank[:-1], active[:, :-1], both[:-1, :-1]
+        others = torch.arange(k, device=active.device) != j
+        members = members[others]
+        active = active[:, others]
+        both = both[others][:, others]
         both[i] = both[:, i] = active[active[:, i]].sum(0)
-    best, costs, positions = [group for _, group in sorted(best, reverse=True)], costs or [0.0], max(1, len(active))
-    return {"groups": best, "bits_before": costs[0] / positions, "bits_after": min(costs) / positions}
+    often_first = [group for _, group in sorted(best, reverse=True)]
+    return {"groups": often_first, "bits_before": costs[0] / positions, "bits_after": min(costs) / positions}
 
 def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, Tensor]]:
     """For each subcomponent of one decomposition, its largest cosine with a subcomponent of another.
@@ -773,200 +879,145 @@ def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, 
     Absolute values of U_c and V_c, whose signs alone are arbitrary; the product's is at least 0. "match": which of the
     other has the largest product, or their number if none is above 0. Dead subcomponents point anywhere."""
     largest = {}
-    for path, U in one.U.items():
-        u = F.normalize(U.detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of the other)
+    for path in one.U:
+        u = F.normalize(one.U[path].detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of other)
         v = F.normalize(one.V[path].detach(), dim=0).T @ F.normalize(other.V[path].detach(), dim=0)
-        cosines = {name: F.pad(x, (0, 1)) for name, x in (("U", u.abs()), ("V", v.abs()), ("product", u * v))}
-        largest[path] = {name: x.amax(1) for name, x in cosines.items()} | {"match": cosines["product"].argmax(1)}
+        largest[path] = {"U": F.pad(u.abs(), (0, 1)).amax(1), "V": F.pad(v.abs(), (0, 1)).amax(1)}
+        product = F.pad(u * v, (0, 1))
+        largest[path] |= {"product": product.amax(1), "match": product.argmax(1)}
     return largest
 
 # ---- 10  Running it: several processes, checks, the run folder, checkpoints, progress, pictures ---------------------
 # Under torchrun several processes train together. Each has its own share of the global batch, its own noise and its own
-# sources; U, V and G are equal in all of them. A process that is alone is number 0 of 1.
+# sources; U, V and G are equal in all of them. A process that is alone is number 0 of 1, and nothing is exchanged.
 
 class BadInput(ValueError):
     """Something the user can put right. The message is one line: what was wrong, and what to do."""
 
-def refuse(wrong, message: str) -> None:
+def reject_if(wrong, message: str) -> None:
     """Raise BadInput with this message if something is wrong."""
     if wrong:
         raise BadInput(message)
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if processes() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum of x over all processes; gradients flow back to all of them."""
+    return dist.nn.functional.all_reduce(x) if world_size() > 1 else x
 
 @torch.no_grad()
-def global_mean(tensors: list[Tensor]) -> None:
+def all_reduce_mean(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over all processes."""
-    for x in tensors if processes() > 1 else []:
-        dist.all_reduce(x)
-        x /= processes()
+    if world_size() > 1:
+        for x in tensors:
+            dist.all_reduce(x)
+            x /= world_size()
 
-def equalize(tensors: list[Tensor]) -> None:
+def broadcast(tensors: list[Tensor]) -> None:
     """Give all processes the values that process 0 has."""
-    for x in tensors if processes() > 1 else []:
-        dist.broadcast(x.data, 0)
-
-def barrier() -> None:
-    """Wait until all processes are here."""
-    if processes() > 1:
-        dist.barrier()
-
-def keep_memory() -> None:
-    """Keep freed blocks of up to 32 MB (glibc): to get them from Linux again, at each step, took a tenth of it."""
-    if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-3, 2**25) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; the second alone slows
+    if world_size() > 1:
+        for x in tensors:
+            dist.broadcast(x.data, 0)
 
 @contextlib.contextmanager
 def rank_0_first():
     """What is inside is done by process 0 alone, and then by the others, who find what it left."""
     if rank() > 0:
-        barrier()
+        dist.barrier()
     yield
-    if rank() == 0:
-        barrier()
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+def keep_memory() -> None:
+    """Keep freed blocks of up to 32 MB (glibc): to get them from Linux again, at each step, took a tenth of it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; M_TRIM_THRESHOLD alone slows
+        mallopt(-1, 2**31 - 1)
 
 def finite_numbers(values: dict[str, Tensor], target: Tensor, step: int) -> dict[str, float]:
     """Scalars as numbers, the mean over all processes. Raises BadInput, which names the first that is not finite."""
-    global_mean([stacked := torch.stack([x.detach() for x in values.values()])])  # all are synchronised at once
+    stacked = torch.stack([x.detach() for x in values.values()])  # one transfer from the device for all
+    all_reduce_mean([stacked])
     numbers = dict(zip(values, stacked.tolist()))
-    if bad := [name for name, number in numbers.items() if not math.isfinite(number)]:
-        name = bad[0] if target.isfinite().all() else "target model's output"
-        raise BadInput(f"the {name} is not finite at step {step}: lower lr, or look at the data")
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            name = name if target.isfinite().all() else "target model's output"
+            raise BadInput(f"the {name} is not finite at step {step}: lower lr, or look at the data")
     return numbers
 
-def start(model: nn.Module, C: dict[str, int], inputs: dict[str, Tensor], config: Config, process: int = 0) -> Training:
-    """A run at step 0: V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1); for one seed the same on every device.
-    process: this process's number, where several train together. U, V and G are equal in all of them."""
-    device = next(iter(inputs.values())).device
-    weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
-    seeds = (config.seed + 1_000_003 * (4 * process + n) for n in (1, 2, 3))  # 0: of the weights
-    of_sources, data, noise = (torch.Generator(on).manual_seed(seed) for on, seed in zip(("cpu", "cpu", device), seeds))
-    with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
-        torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
-        V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
-        U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
-        G = importance_function(V, config).to(device)
-    U, V = ({path: x.to(device).requires_grad_() for path, x in tensors.items()} for tensors in (U, V))
-    UV, fused = [*U.values(), *V.values()], device.type in ("cpu", "cuda")
-    settings = {"lr": config.lr, "betas": (0.9, config.beta2), "weight_decay": 0, "fused": fused}
-    of_UV, of_G = (torch.optim.AdamW(parameters, **settings) for parameters in (UV, G.parameters()))
-    if config.muon:
-        of_UV = Muon(UV, config.lr)
-    positions, K = next(iter(inputs.values())).shape[:-1], sum(C.values()) + len(C)
-    sources = [torch.rand(*positions, K, generator=of_sources).to(device) for _ in range(config.accumulate)]
-    found, ascent = Decomposition(U, V, G, config.bf16), start_adversary(sources, config)
-    return Training(found, [of_UV, of_G], sources, ascent, data, noise)
-
-def open_run(model, C, get_batch, config: Config, out, checkpoint_seconds, glance=None) -> tuple:
-    """The `Training`, new or as its folder holds it; next_batch(); and after_step(values), which logs and saves."""
-    batch = get_batch(torch.Generator().manual_seed(config.seed))
-    inputs = check(model, C, batch, config)  # of a micro-batch
-    device, folder = next(iter(inputs.values())).device, Path(out) if out else None
-    training = start(model, C, inputs, config, rank())
-    if folder:
-        with rank_0_first():
-            claim_folder(folder, model, C, config, device)
-        if (folder / "checkpoint.pt").exists():
-            load_checkpoint(folder, training, config)
-        elif rank() == 0:
-            (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-    now, saved = time.monotonic(), training.seconds
-    def next_batch() -> Tensor:
-        new, shape = get_batch(training.data), tuple(batch.shape)
-        refuse(new.shape != shape, f"batch {training.step} has shape {tuple(new.shape)}, not {shape}, as the first had")
-        return new.to(device)
-    def after_step(values: dict[str, float]) -> None:
-        nonlocal now, saved
-        before, now = now, time.monotonic()
-        training.seconds += now - before
-        last, look = training.step == config.steps, training.step % max(1, config.steps // 10) == 0
-        if rank() == 0 and (last or look or training.step % max(1, config.steps // 200) == 0):
-            values = values | glance(training.decomposition) if glance and look else values
-            log_step(values, training, config, folder)
-        due = torch.tensor(float(last or training.seconds - saved > checkpoint_seconds), device=device)
-        global_mean([due])  # all processes save at the same step: as soon as one of them is due
-        if folder and due > 0:
-            save_checkpoint(folder, training)
-            saved = training.seconds
-    return training, next_batch, after_step
-
-def check(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) -> dict[str, Tensor]:
-    """Refuse, before any training, what cannot be decomposed. Returns the inputs {path: (..., d_in)} on `batch`."""
-    steps, shrink, width, heads = config.steps, config.shrink, config.G_width, config.G_heads
-    refuse(steps < 1 or shrink < 0, f"steps is {steps}, shrink {shrink}: give steps at least 1, shrink at least 0")
-    refuse(not (config.w_stochastic or config.w_adversarial), "w_stochastic and w_adversarial are both 0: give one")
-    refuse(config.G_type not in ("mlp", "transformer"), f"G_type is {config.G_type!r}: give 'mlp' or 'transformer'")
-    uneven = heads < 1 or width < 1 or width % (2 * heads)
-    refuse(uneven, f"G_width is {width} and G_heads {heads}: give at least 1 head, and a width of n * 2 * heads")
+def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) -> None:
+    """Refuse, before any training, what cannot be decomposed: raises BadInput."""
+    reject_if(config.G_type not in ("mlp", "transformer"), f"G_type is {config.G_type!r}: give 'mlp' or 'transformer'")
+    uneven = config.G_heads < 1 or config.G_width < 1 or config.G_width % (2 * config.G_heads)
+    sizes = f"G_width is {config.G_width} and G_heads {config.G_heads}"
+    reject_if(uneven, f"{sizes}: give at least 1 head, and a width of n * 2 * heads")
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    refuse(not C, f"no matrix to decompose: give C = {{path: number}} for some of {', '.join(linears)}")
+    reject_if(not C, f"no matrix to decompose: give C = {{path: number}} for some of {', '.join(linears)}")
+    memory = {name: x.untyped_storage().data_ptr() for name, x in model.named_parameters(remove_duplicate=False)}
     for path, number in C.items():
         nearest = ", ".join(difflib.get_close_matches(path, linears, n=3, cutoff=0.0)) or "none"
-        refuse(path not in linears, f"{path!r} is not an nn.Linear of the model; the nearest that are: {nearest}")
-        whole = isinstance(number, int) and number > 0
-        refuse(not whole, f"C[{path!r}] is {number!r}: the number of subcomponents must be a whole one of at least 1")
-        dtype, name = model.get_submodule(path).weight.dtype, f"{path}.weight"
-        refuse(dtype != torch.float32, f"{name} is {dtype}: call model.float() first, U and V are float32 too")
-        memory = {n: x.untyped_storage().data_ptr() for n, x in model.named_parameters(remove_duplicate=False)}
-        tied = ", ".join(n for n in memory if memory[n] == memory[name] and n != name)  # also as a transposed view
-        refuse(tied, f"{name} is tied to {tied}: give the matrix a copy of its own, or leave it out")
-    refuse(model.training, "the model is in training mode, where dropout changes its output: call model.eval() first")
-    B, n = len(batch), config.accumulate
-    refuse(n < 1 or B % n, f"a batch of {B} does not divide into {n} micro-batches: choose another accumulate")
-    batch = batch[: B // n].to(model.get_submodule(next(iter(C))).weight.device)
+        reject_if(path not in linears, f"{path!r} is not an nn.Linear of the model; the nearest that are: {nearest}")
+        wrong = type(number) is not int or number < 1
+        reject_if(wrong, f"C[{path!r}] is {number!r}: the number of subcomponents must be a whole one of at least 1")
+        name = f"{path}.weight"
+        dtype = model.get_submodule(path).weight.dtype
+        reject_if(dtype != torch.float32, f"{name} is {dtype}: call model.float() first, U and V are float32 too")
+        tied = ", ".join(other for other in memory if memory[other] == memory[name] and other != name)
+        reject_if(tied, f"{name} is tied to {tied}: give the matrix a copy of its own, or leave it out")
+    reject_if(model.training, "the model is in training mode, where dropout changes its output: call model.eval()")
+    kind = type(batch).__name__
+    reject_if(not isinstance(batch, Tensor), f"a batch is a {kind}: make get_batch return one tensor")
+    batch = batch.to(model.get_submodule(path).weight.device)
     target, inputs = forward_with_inputs(model, C, batch)
-    refuse(not isinstance(target, Tensor), f"the model returns a {type(target).__name__}: make it return one tensor")
-    refuse(not target.isfinite().all(), "the target model's output is not finite on the first batch: check its weights")
+    reject_if(not isinstance(target, Tensor), f"the model returns a {type(target).__name__}: make it return one tensor")
     idle = ", ".join(path for path in C if path not in inputs)
-    refuse(idle, f"{idle} does not run in the model's forward pass: leave it out")
-    shapes = {tuple(x.shape[:-1]) for x in inputs.values()}
-    refuse(len(shapes) > 1, f"the matrices see different positions, {shapes}: decompose those with equal ones together")
-    wrong = config.G_type == "transformer" and len(min(shapes)) != 2
-    refuse(wrong, f"the matrices see positions {min(shapes)}, not (batch, positions): set G_type='mlp'")
-    try:  # a backward pass, as training will do it, with one subcomponent in each matrix, all zero
-        U = {path: x.new_zeros(1, model.get_submodule(path).out_features) for path, x in inputs.items()}
-        V = {path: x.new_zeros(x.shape[-1], 1) for path, x in inputs.items()}
-        masks = {path: x.new_ones(*x.shape[:-1], 2) for path, x in inputs.items()}
-        leaves = [x.requires_grad_() for x in (*U.values(), *V.values())]
-        torch.autograd.grad(masked_forward(model, U, V, masks, batch).sum(), leaves, allow_unused=True)
+    reject_if(idle, f"{idle} does not run in the model's forward pass: leave it out")
+    positions = {tuple(x.shape[:-1]) for x in inputs.values()}
+    reject_if(len(positions) > 1, f"the matrices see different positions, {positions}: decompose those with equal ones")
+    wrong = config.G_type == "transformer" and len(min(positions)) != 2
+    reject_if(wrong, f"the matrices see positions {min(positions)}, not (batch, positions): set G_type='mlp'")
+    try:  # a backward pass, as training will do it, with one subcomponent in each matrix
+        small = initialize(model, dict.fromkeys(C, 1), batch, config).decomposition
+        masks = {path: x.new_full((*x.shape[:-1], 2), 0.5) for path, x in inputs.items()}
+        output = masked_forward(model, small.U, small.V, masks, batch)
+        output.sum().backward(inputs=[*small.U.values(), *small.V.values()])
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:100]
         raise BadInput(f"the model has no gradient ({reason}): write x = x + y, not x += y; detach nothing") from None
-    return inputs
+
+def versions(device: torch.device) -> dict:
+    """What a result depends on to the last bit, beside the settings."""
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "device": device.type,
+            "threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}  # fmt: skip
 
 def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Config, device: torch.device) -> None:
     """Make the run folder and write run.json: settings, versions and a fingerprint of the target model. Raises BadInput
     if the folder holds a run with other settings or another target."""
-    digest, path = hashlib.sha256(), folder / "run.json"
+    path = folder / "run.json"
+    digest = hashlib.sha256()
     for name, x in model.state_dict().items():
         digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    run = {"config": dataclasses.asdict(config), "C": C, "target model": digest.hexdigest()[:16]}
-    run |= {"order of the matrices": list(C), "number of processes": processes()}
+    run = {**dataclasses.asdict(config), **C, "order of the matrices": list(C), "number of processes": world_size(),
+           "target model": digest.hexdigest()[:16]}  # fmt: skip
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(run | {"versions": versions(device)}, indent=1).encode())
+        with atomic_write(path) as file:
+            file.write(json.dumps({"run": run, "versions": versions(device)}, indent=1).encode())
     try:
-        old = json.loads(path.read_text())
-        differ = [k for part in ("config", "C") for k in run[part] | old[part] if run[part].get(k) != old[part].get(k)]
-        differ = ", ".join(differ + [key for key in run if key not in ("config", "C") and run[key] != old[key]])
+        old = json.loads(path.read_text())["run"]
+        differ = ", ".join(key for key in run | old if run.get(key) != old.get(key))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} cannot be read: choose another folder, or delete {folder}") from None
-    refuse(differ, f"{folder} holds another run (it differs in: {differ}): choose another folder, or delete it")
-
-def versions(device: torch.device) -> dict:
-    """What a result depends on to the last bit, beside the settings."""
-    numbers = {"threads": torch.get_num_threads(), "precision of products": torch.get_float32_matmul_precision()}
-    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "device": device.type, **numbers}
+    reject_if(differ, f"{folder} holds another run (it differs in: {differ}): choose another folder, or delete it")
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def atomic_write(path: Path):
     """A binary file that replaces `path` only when it is complete and on disk: a kill leaves the old one whole."""
     unfinished = path.with_name(path.name + ".unfinished")
     with open(unfinished, "wb") as file:
@@ -976,70 +1027,67 @@ def replacing(path: Path):
     os.replace(unfinished, path)
 
 def save_checkpoint(folder: Path, training: Training) -> None:
-    """Write all of `training` to checkpoint.pt, and the length of the log, so that a resumed run continues it.
-
-    Of several processes, each but the first writes its own part to a file named by the step before checkpoint.pt is
-    replaced, and deletes its older ones after it: at any moment checkpoint.pt finds the files of its step."""
-    result, log = training.decomposition, folder / "log.jsonl"
-    own_file = folder / f"checkpoint_{rank()}_{training.step}.pt"
-    own = {"sources": training.sources, "ascent": training.ascent.state_dict()}
-    own |= {"data": training.data.get_state(), "noise": training.noise.get_state()}
-    if rank() > 0:
-        with replacing(own_file) as file:
-            torch.save(own, file)
-    barrier()
+    """Write all of `training` to checkpoint.pt, and the length of the log, so that a resumed run continues it. Process
+    0 writes for all of them."""
+    own = {"sources": training.sources, "ascent": training.ascent.state_dict(),
+           "data": training.data_generator.get_state(), "noise": training.noise_generator.get_state()}  # fmt: skip
+    each = [own]
+    if world_size() > 1:
+        each = [None] * world_size() if rank() == 0 else None
+        dist.gather_object(own, each)
     if rank() == 0:
-        state = {"U": result.U, "V": result.V, "G": result.G.state_dict(), "step": training.step}
-        state |= {"seconds": training.seconds, "versions": versions(training.noise.device)}
-        state |= {"optimizers": [optimizer.state_dict() for optimizer in training.optimizers]}
-        with replacing(folder / "checkpoint.pt") as file:
-            torch.save(state | own | {"log_bytes": log.stat().st_size if log.exists() else 0}, file)
-    barrier()
-    for old in set(folder.glob(f"checkpoint_{rank()}_*.pt")) - {own_file}:
-        old.unlink()
+        decomposition = training.decomposition
+        state = {"U": decomposition.U, "V": decomposition.V, "G": decomposition.G.state_dict(), "each process": each,
+                 "optimizer_UV": training.optimizer_UV.state_dict(), "optimizer_G": training.optimizer_G.state_dict(),
+                 "step": training.step, "seconds": training.seconds, "versions": versions(training.sources.device),
+                 "log_bytes": (folder / "log.jsonl").stat().st_size}  # fmt: skip
+        with atomic_write(folder / "checkpoint.pt") as file:
+            torch.save(state, file)
 
 def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
-    """Continue `training` from checkpoint.pt; of a finished run load U, V and G alone, which works on any device.
-
-    Raises BadInput if the file is damaged or not of this run, or if the unfinished run stopped on another device. Warns
-    if it stopped with other versions or threads: then it does not end bit for bit as if it had never stopped."""
-    path, result, now = folder / "checkpoint.pt", training.decomposition, versions(training.noise.device)
+    """Continue `training` from checkpoint.pt, if there is one; of a finished run load U, V and G alone, which works on
+    any device. Raises BadInput if the file is damaged or not of this run, or if the unfinished run stopped on another
+    device. Warns if it stopped with other versions or threads: then its last digits may differ."""
+    path = folder / "checkpoint.pt"
+    log = folder / "log.jsonl"
+    if not path.exists():
+        log.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        return
+    now = versions(training.sources.device)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        unfinished, old = state["step"] < config.steps, state["versions"]
+        old = state["versions"]
+        unfinished = state["step"] < config.steps
         elsewhere = unfinished and old["device"] != now["device"]
-        if rank() > 0 and unfinished:
-            own_file = folder / f"checkpoint_{rank()}_{state['step']}.pt"
-            state |= torch.load(own_file, map_location="cpu", weights_only=True)
         if unfinished and not elsewhere:
-            for optimizer, saved in zip(training.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            training.ascent.load_state_dict(state["ascent"])
-            training.data.set_state(state["data"])
-            training.noise.set_state(state["noise"])
-            for x, saved in zip(training.sources, state["sources"]):
-                x.data.copy_(saved)
-        result.G.load_state_dict(state["G"])
-        for tensors, saved in ((result.U, state["U"]), (result.V, state["V"])):
-            if {key: x.shape for key, x in tensors.items()} != {key: x.shape for key, x in saved.items()}:
-                raise ValueError("matrices or shapes differ")
-            for key, x in tensors.items():
-                x.data.copy_(saved[key])
-        training.step, training.seconds, log_bytes = state["step"], state["seconds"], state["log_bytes"]
+            own = state["each process"][rank()]
+            training.optimizer_UV.load_state_dict(state["optimizer_UV"])
+            training.optimizer_G.load_state_dict(state["optimizer_G"])
+            training.ascent.load_state_dict(own["ascent"])
+            training.data_generator.set_state(own["data"])
+            training.noise_generator.set_state(own["noise"])
+            training.sources.data.copy_(own["sources"])
+        training.decomposition.G.load_state_dict(state["G"])
+        for key in training.decomposition.U:
+            training.decomposition.U[key].data.copy_(state["U"][key])
+            training.decomposition.V[key].data.copy_(state["V"][key])
+        training.step = state["step"]
+        training.seconds = state["seconds"]
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to begin anew") from error
-    refuse(elsewhere, f"{folder} stopped on {old['device']}; {now['device']} draws other numbers: resume it there")
-    if rank() == 0 and unfinished:
-        if changed := ", ".join(f"{key} {old.get(key)}" for key in now if old.get(key) != now[key]):
+    reject_if(elsewhere, f"{folder} stopped on {old['device']}; {now['device']} draws other numbers: resume it there")
+    if unfinished and rank() == 0:
+        changed = ", ".join(f"{key} {old.get(key)}" for key in now if old.get(key) != now[key])
+        if changed:
             print(f"warning: {folder} stopped with {changed}; the last digits may differ", file=sys.stderr)
-        if (folder / "log.jsonl").exists():
-            os.truncate(folder / "log.jsonl", log_bytes)  # what follows the checkpoint will be logged again
+        os.truncate(log, state["log_bytes"])  # what follows the checkpoint will be logged again
 
-def load_decomposition(folder: Path, config: Config, device="cpu") -> Decomposition:
+def load_decomposition(folder: str | Path, config: Config, device="cpu") -> Decomposition:
     """What a run found, from its last checkpoint.pt, to be read and not to be trained on."""
-    state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
-    (G := importance_function(state["V"], config).to(device)).load_state_dict(state["G"])
+    state = torch.load(Path(folder) / "checkpoint.pt", map_location=device, weights_only=True)
+    G = importance_function(state["V"], config).to(device)
+    G.load_state_dict(state["G"])
     return Decomposition(state["U"], state["V"], G, config.bf16)
 
 def progress(line: str, milestone: bool) -> None:
@@ -1052,19 +1100,27 @@ def progress(line: str, milestone: bool) -> None:
 
 def with_progress(items: Iterable, what: str) -> Iterator:
     """The items one by one; after 5 seconds with a line of progress and the time left."""
-    items, began = list(items), time.monotonic()
+    items = list(items)
+    start = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
-        if rank() == 0 and (spent := time.monotonic() - began) > 5:
+        spent = time.monotonic() - start
+        if rank() == 0 and spent > 5:
             line = f"{what}: {number}/{len(items)}  {spent / number * (len(items) - number):.0f} s left"
             progress(line, number == len(items) or number % max(1, len(items) // 4) == 0)
 
-def log_step(values: dict[str, float], training: Training, config: Config, folder: Path | None) -> None:
-    """One line of progress, with the time left, on the terminal; the same numbers, in full, appended to log.jsonl."""
-    step, steps, rate = training.step, config.steps, training.step / training.seconds
-    shown = [f"{name.split('_')[0]} {x:.4g}" for name, x in values.items() if not name.startswith("gradient")]
-    line = "  ".join([f"step {step}/{steps}", f"{(steps - step) / rate:.0f} s left", f"{rate:.3g} steps/s", *shown])
-    progress(line, step == steps or step % (20 * max(1, steps // 200)) == 0)
+def log_step(values: dict[str, float], training: Training, config: Config, folder: Path | None, look: bool) -> None:
+    """Now and then a line of progress, with the time left; the same numbers, in full, go to log.jsonl."""
+    step = training.step
+    often = max(1, config.steps // 200)
+    if rank() > 0 or not (look or step % often == 0):
+        return
+    rate = step / training.seconds
+    line = f"step {step}/{config.steps}  {(config.steps - step) / rate:.0f} s left  {rate:.3g} steps/s"
+    for name, x in values.items():
+        if not name.startswith("gradient"):
+            line += f"  {name.split('_')[0]} {x:.4g}"
+    progress(line, step == config.steps or step % (20 * often) == 0)
     if folder:
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps({"step": step, "seconds": training.seconds, **values}) + "\n")
@@ -1073,12 +1129,15 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
     """Left, the losses (without their weights) and L0 over the training, from log.jsonl. Right, the spectrum: all mean
     causal importances, sorted, per matrix; a cliff separates the alive from the dead."""
     from matplotlib.figure import Figure  # here, so that the method itself runs without it
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    left, right = (figure := Figure(figsize=(12, 4), layout="constrained")).subplots(1, 2)
-    for name in dict.fromkeys(name for line in lines for name in line):
-        if name not in ("step", "seconds") and not name.startswith("gradient"):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            left.plot(*zip(*points), ".-" if len(points) < 20 else "-", label=name.replace("_", " "))
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves = collections.defaultdict(list)
+    for line in log.read_text().splitlines():
+        values = json.loads(line)
+        for name in values.keys() - {"step", "seconds", "gradient of U and V", "gradient of G"}:
+            curves[name].append((values["step"], values[name]))
+    for name, points in sorted(curves.items()):
+        left.plot(*zip(*points), ".-" if len(points) < 20 else "-", label=name.replace("_", " "))
     for n, (path, matrix) in enumerate(metrics["matrices"].items()):
         mean = [max(x, 1e-8) for x in sorted(matrix["mean_importance"], reverse=True)]
         label = "_" * (n > 23) + f"{path}: {matrix['alive']} alive of {matrix['C']}"  # _: the legend is full
@@ -1086,5 +1145,6 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
     right.axhline(ALIVE, color="gray", linewidth=1, label=f"alive above {ALIVE:g}")
     left.set(yscale="log", xlabel="step", ylabel="loss, or L0", title="Losses and L0 over the training")
     right.set(yscale="log", xlabel="subcomponent, sorted", ylabel="mean importance (at least 1e-8)", title="Spectrum")
-    left.legend(fontsize=8), right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=110)
