@@ -39,11 +39,10 @@ import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# A thread that waits for another spins some 20 microseconds (GNU's OpenMP), about what it costs to wake it, and then
-# sleeps. By default it spins for milliseconds: beside one busy program a step took four times as long, and so it takes
-# twice as long. (OMP_WAIT_POLICY=PASSIVE, no spinning: 1.0 times, but two threads were then as slow as one.) It is read
-# when torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# A thread that waits for another spins some 50 microseconds (GNU's OpenMP), about what it costs to wake it, and then
+# sleeps. By default it spins for milliseconds, and beside one busy program a step takes 4 times as long; so, 2.6 times.
+# (OMP_WAIT_POLICY=PASSIVE, no spinning: 1.0 times, but two threads are then as slow as one.) Read as torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import matplotlib.figure
 import numpy as np

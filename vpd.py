@@ -165,7 +165,7 @@ def causal_importances(z: Tensor, U: dict[str, Tensor]) -> Tensor:
 
 def make_masks(g: Tensor, sources: Tensor) -> Tensor:
     """m = g + (1 - g) r ([VPD] section 2), all (..., K); the sources r in [0, 1] are random, or an adversary's."""
-    return torch.lerp(sources, torch.ones_like(sources), g)
+    return g + (1 - g) * sources
 
 def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> None:
     """Subset routing ([VPD] section 4): each position draws k ~ Uniform{1..L}; a random k of L matrices stay masked.
@@ -365,7 +365,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        (group,), stacks = self.param_groups, collections.defaultdict(list)
+        group = self.param_groups[0]
+        stacks = collections.defaultdict(list)
         for x in group["params"]:
             if x.grad is not None:
                 stacks[tuple(sorted(x.shape))].append(x)
@@ -642,7 +643,7 @@ def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], div
                     movable=None, seed=0, steps=80, size=0.1) -> list[float]:  # fmt: skip
     """The attack ([VPD] section 6): the largest divergence within 0, 1, ... steps of sign ascent, of this size, from
     random sources. (The last may be smaller: steps of 0.1 overshoot.) cases: (batch, target output, g) of equal
-    batches. movable: bools (*positions, K), or all. Delta's mask is its source, as in training, and moves with the rest.
+    batches. movable: bools (*positions, K), or all. Delta's mask is its source, as in training, and moves, too.
     positions: () for ONE source per mask, the same at all positions, which finds systematic flaws and not the noise of
     single inputs; the shape of the positions for one at each."""
     U, V = decomposition.U, decomposition.V
@@ -659,7 +660,7 @@ def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], div
                 loss = adversarial_reconstruction(model, U, V, side_by_side(g), batch, target, divergence, sources)
             gradient += torch.autograd.grad(loss, sources)[0]
             total += loss.item()
-        largest.append(max(total / len(cases), *largest[-1:]))  # once NaN, always NaN
+        largest.append(max([total / len(cases), *largest[-1:]]))  # once NaN, always NaN: the sources are, too
         step = size * gradient.sign()
         sources.data.add_(step if movable is None else step * movable).clamp_(0, 1)
     return largest
@@ -1009,11 +1010,8 @@ def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Conf
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(json.dumps({"run": run, "versions": versions(device)}, indent=1).encode())
-    try:
-        old = json.loads(path.read_text())["run"]
-        differ = ", ".join(key for key in run | old if run.get(key) != old.get(key))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"{path} cannot be read: choose another folder, or delete {folder}") from None
+    old = json.loads(path.read_text())["run"]
+    differ = ", ".join(key for key in run | old if run.get(key) != old.get(key))
     reject_if(differ, f"{folder} holds another run (it differs in: {differ}): choose another folder, or delete it")
 
 @contextlib.contextmanager
