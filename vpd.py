@@ -11,18 +11,18 @@ in any combination, without changing the output. In pseudo-code:
         target = model(batch)                            # on the way, x: the inputs of all matrices
         g = clamp(G(x), 0, 1)                            # causal importances, at each position
         r = random numbers, or an adversary's, in [0, 1] # sources
-        m = g + (1 - g) * r                              # masks
+        m = g + (1 - g) * r                              # masks; Delta has one, too, with g = 0
         output = model(batch) with every W replaced by sum_c m_c U_c V_c^T + m_Delta Delta
-        loss = difference(target, output)                # for the random r, and for the adversary's r
-             + how many g are above 0, and how often     # few subcomponents matter, and each does one small thing
-             + mean(Delta^2)                             # the subcomponents make up W
+        loss = difference(target, output)                # losses 1 and 2: for random r, and for the adversary's r
+             + how many g are above 0, and how often     # 3 and 4: few matter at a position, each for one small thing
+             + mean(Delta^2)                             # 5: the subcomponents make up W
         the adversary's r steps up the gradient of the loss; U, V and G step down
 
 One mask by hand: three subcomponents have importances g = (1, 0.8, 0) and sources r = (0.3, 0.25, 0.3). Their masks are
 m = (1, 0.85, 0.3). The first is needed: it stays whole, whatever its source. The second can lose at most a fifth of
 itself, here 0.8 + 0.2 * 0.25 = 0.85. The third is not needed: its mask is its source.
 
-Read from top to bottom (named early: Config, of section 6, and helpers of section 10). A learner can stop after 9:
+Read from top to bottom; Config is in section 6, helpers such as `reject_if` are in 10. A learner can stop after 9:
 
     1  Subcomponents: the forward pass with masked weights     6  Settings, the start, the training step: the heart
     2  From scores to masks                                    7  decompose: the loop
@@ -31,7 +31,7 @@ Read from top to bottom (named early: Config, of section 6, and helpers of secti
     5  Two optimizers: the adversary's, and Muon              10  Running it: processes, checks, checkpoints, pictures
 
 Shapes: B = batch, T = length of a sequence, C = subcomponents of a matrix, L = number of decomposed matrices. "..."
-stands for all positions: (B, T), or (B,) for inputs without a sequence, where each is one position. K = sum of C + 1
+stands for all positions: (B, T), or (B,) for inputs without a sequence, where each is one position. K = sum of (C + 1)
 over all matrices (section 2). Dicts of tensors are keyed by the path of a matrix, as in `model.get_submodule(path)`.
 
 The method is that of "Interpreting Language Model Parameters" (Bushnaq et al., 2026), cited as [VPD]. It builds on
@@ -67,7 +67,8 @@ Divergence = Callable[[Tensor, Tensor], Tensor]  # (target output, masked output
 # ---- 1  Subcomponents: the forward pass with masked weights ---------------------------------------------------------
 @contextlib.contextmanager
 def _hooked(model: nn.Module, paths, hook: Callable):
-    """Inside, hook(path, module, input, output) runs after each path's module. No hook stays, whatever happens."""
+    """Inside, hook(path, module, input, output) runs after each path's module; what it returns, unless None, replaces
+    the output. No hook stays, whatever happens."""
     def adapted(path, module, args, kwargs, output):
         return hook(path, module, (*args, *kwargs.values())[0], output)
     with contextlib.ExitStack() as handles:
@@ -85,7 +86,7 @@ def forward_with_inputs(model: nn.Module, paths, batch: Tensor) -> tuple[Tensor,
         inputs[path] = x
     with _hooked(model, paths, record):
         output = model(batch)
-    # in the order of `paths`, not in which they ran; a matrix that did not run is left out (`check_target` names it)
+    # in the order of `paths`; a matrix that did not run is missing, which `check_target` reports
     return output, {path: inputs[path] for path in paths if path in inputs}
 
 def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor], batch: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Te
     """The masked output of one matrix: input x (..., d_in), plain output (..., d_out), mask (..., C + 1)."""
     m, m_delta = mask.split([V.shape[1], 1], -1)  # (..., C), (..., 1)
     Wx = output if module.bias is None else output - module.bias
-    # output + (m_delta - 1) Wx, and not m_delta Wx + bias: where all masks are 1, the target comes out to the last bit
+    # written so that masks of 1 add exact zeros: the output is then the target's, to the last bit
     return output + (m_delta - 1) * Wx + ((m - m_delta) * (x @ V)) @ U
 
 # ---- 2  From scores to masks ----------------------------------------------------------------------------------------
@@ -144,8 +145,8 @@ def upper_leaky(z: Tensor) -> Tensor:
     """The hard sigmoid for the minimality losses: clamp(z, 0, 1), but with slope 0.01 above 1, any shape."""
     return z.clamp(0, 1) + 0.01 * (z - 1).clamp(min=0)
 
-# Scores, importances, sources and masks of all matrices stand side by side in one tensor, so that an operation is done
-# once and not per matrix. Scores have sum C columns, the others K = sum (C + 1): after those of each matrix, Delta's.
+# All matrices stand side by side in one tensor, so that an operation is done once and not per matrix. Scores have sum C
+# columns. Importances, sources and masks have K: each matrix's C, then one for its Delta.
 
 def by_path(x: Tensor, U: dict[str, Tensor]) -> dict[str, Tensor]:
     """(..., K) as {path: (..., C + 1)}; no numbers are copied."""
@@ -157,11 +158,8 @@ def side_by_side(tensors: dict[str, Tensor]) -> Tensor:
 
 def causal_importances(z: Tensor, U: dict[str, Tensor]) -> Tensor:
     """Scores (..., sum C) to causal importances g (..., K) in [0, 1]. Those of Delta are 0, by definition."""
-    zero = z.new_zeros(*z.shape[:-1], 1)
-    columns = []
-    for g in lower_leaky(z).split([len(u) for u in U.values()], -1):
-        columns += [g, zero]
-    return torch.cat(columns, -1)
+    of_matrices = lower_leaky(z).split([len(u) for u in U.values()], -1)
+    return torch.cat([F.pad(g, (0, 1)) for g in of_matrices], -1)
 
 def make_masks(g: Tensor, sources: Tensor) -> Tensor:
     """m = g + (1 - g) r ([VPD] section 2), all (..., K); the sources r in [0, 1] are random, or an adversary's."""
@@ -171,12 +169,12 @@ def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> 
     """Subset routing ([VPD] section 4): each position draws k ~ Uniform{1..L}; a random k of L matrices stay masked.
 
     The sources (..., K) of the others become 1, in place, and so do their masks: that is the target's own weight. So
-    one loss covers all cases from all matrices masked (do errors add up?) to one alone (is each right by itself?)."""
+    one loss covers all cases from all matrices masked, where errors add up, to one matrix alone."""
     L = len(U)
     positions = sources.shape[:-1]
     order = torch.rand(*positions, L, generator=generator, device=generator.device).argsort(-1)  # a random permutation
     k = torch.randint(1, L + 1, (*positions, 1), generator=generator, device=generator.device)
-    left_out = (order >= k).split(1, -1)  # of each matrix (..., 1)
+    left_out = (order >= k).split(1, -1)  # one (..., 1) for each matrix
     for of_matrix, out in zip(by_path(sources, U).values(), left_out):
         of_matrix.masked_fill_(out, 1.0)
 
@@ -186,15 +184,15 @@ def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> 
 
 def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
     """||U_c|| V_c^T x of every subcomponent, (..., sum C), for inputs x of the matrices {path: (..., d_in)}."""
-    # ||U_c|| is detached: it sets the scale, and no loss shall move a score by resizing what is written. V is not: it
-    # may turn to what tells better whether its subcomponent is needed
+    # U is detached, so that no loss moves a score by resizing what is written. V is not: it may turn to what tells
+    # better whether its subcomponent is needed
     return torch.cat([x @ V[path] * U[path].detach().norm(dim=-1) for path, x in inputs.items()], -1)
 
 class ImportanceMLPs(nn.Module):
     """One tiny MLP per subcomponent, from its own activation to its score ([SPD] appendix). For toy models.
 
-    ours: 4 GELUs for 16, and their sum times 4, so that scores learn as fast. The MLP reads ||U_c|| V_c^T x, and not
-    V_c^T x: a subcomponent whose weights have shrunk to nothing sees nothing, and does not fire on rare inputs.
+    ours: 4 GELUs instead of 16; their sum is multiplied by 4, so that scores learn as fast. The MLP reads
+    ||U_c|| V_c^T x, and not V_c^T x: the score of a subcomponent with tiny weights stays constant.
     ours: all weights enter by their absolute values: a score rises with the activation (but for the dip of GELU), so
     that no subcomponent serves two features of almost opposite directions, which training could not part again."""
     def __init__(self, shapes: dict[str, tuple[int, int]], config: Config):
@@ -281,7 +279,7 @@ def kl(target: Tensor, output: Tensor) -> Tensor:
 
 def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Divergence, generator, shrink=0.0) -> Tensor:
     """Loss 1. The divergence from the target for sources ~ U(0, 1) under subset routing: one sample; scalar. ours: all
-    sources of a position times one u^shrink, u ~ U(0, 1). Independent ones leave about half of what is not needed."""
+    sources of a position times one u^shrink, u ~ U(0, 1). Independent ones always leave about half of the unneeded."""
     sources = torch.rand(g.shape, generator=generator, device=g.device, dtype=g.dtype)
     if shrink:
         sources *= torch.rand(*g.shape[:-1], 1, generator=generator, device=g.device, dtype=g.dtype) ** shrink
@@ -294,9 +292,9 @@ def adversarial_reconstruction(model, U, V, g, batch, target, divergence: Diverg
     return divergence(target, masked_forward(model, U, V, by_path(make_masks(g, sources), U), batch))
 
 def usage(z: Tensor, p: float) -> tuple[Tensor, int]:
-    """What losses 3 and 4 share: S_c = sum of charge_c^p over the positions of the GLOBAL batch, (sum C,), and their
-    number. Where z <= 0, the charge and its slope are 0: only the other scores, soon a few in a hundred, are raised to
-    the power."""
+    """What losses 3 and 4 share: S_c = sum of charge_c^p over the positions of the GLOBAL batch, (sum C,), and how many
+    positions these are. Where z <= 0, the charge and its slope are 0: only the other scores, soon a few in a hundred,
+    are raised to the power."""
     z = z.flatten(0, -2)  # (positions, sum C)
     position, c = (z > 0).nonzero(as_tuple=True)
     powers = (upper_leaky(z[position, c]) + 1e-12).pow(p)  # 1e-12: for p < 1 the slope at 0 is infinite
@@ -308,7 +306,7 @@ def importance_minimality(S: Tensor, positions: int) -> Tensor:
     return S.sum() / positions
 
 def frequency_minimality(S: Tensor, positions: int) -> Tensor:
-    """Loss 4. sum_c S_c log2(1 + S_c) / positions: two jobs cost one subcomponent more than they cost two; scalar."""
+    """Loss 4. sum_c S_c log2(1 + S_c) / positions: one subcomponent with two jobs costs more than two; scalar."""
     return (S * torch.log2(1 + S)).sum() / positions
 
 def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
@@ -328,7 +326,7 @@ def delta_l2(model: nn.Module, U: dict, V: dict) -> Tensor:
 def start_ascent(sources: Tensor, lr: float) -> torch.optim.Adam:
     """The optimizer that moves the sources (..., K) uphill."""
     fused = sources.device.type in ("cpu", "cuda")
-    # ours: eps = 1e-20, not 1e-8: the gradient of one source shrinks with the batch (toys are too small to need it)
+    # ours: eps = 1e-20, not 1e-8: the gradient of one source shrinks with the batch (on toys it makes no difference)
     return torch.optim.Adam([sources.requires_grad_()], lr, (0.5, 0.99), eps=1e-20, maximize=True, fused=fused)
 
 @torch.no_grad()
@@ -340,8 +338,8 @@ def ascend(ascent: torch.optim.Optimizer, sources: Tensor, gradient: Tensor) -> 
     sources.clamp_(0, 1)
 
 def orthogonalize(X: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, roughly, of each in a stack (..., n, m), n <= m: for X = A S B^T (its SVD) about
-    A B^T, every singular value between 0.68 and 1.21 that was above 1/400 of the Frobenius norm.
+    """About the nearest orthogonal matrix of each in a stack (..., n, m), n <= m: of X = A S B^T (its SVD) A B^T, but
+    singular values above 1/400 of X's Frobenius norm become 0.68 to 1.21, and not 1.
 
     Each round maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which grows small ones fast and holds
     large ones near 1; these coefficients do so in five rounds. (Newton-Schulz iteration; Jordan et al., 2024,
@@ -354,10 +352,10 @@ def orthogonalize(X: Tensor) -> Tensor:
     return X
 
 class Muon(torch.optim.Optimizer):
-    """Momentum (0.95, Nesterov's), orthogonalized: every step moves all directions of a matrix by the same amount, the
-    rarely used as far as those that dominate the gradient. (..., n, m) has n singular values near 1, so that its
-    entries have a root mean square of 1 / sqrt(m). Times 0.2 sqrt(m) that is 0.2, as in a step of AdamW with
-    lr 1: so one lr serves both (Liu et al., 2025, arXiv 2502.16982).
+    """Momentum (0.95, Nesterov's), orthogonalized: every direction of a matrix moves about equally far, also those with
+    a small gradient. A step (n, m) has n singular values near 1, so that the root mean square of its entries is
+    1 / sqrt(m). Times 0.2 sqrt(m) that is 0.2, as in a step of AdamW with lr 1: one lr serves both (Liu et al., 2025,
+    arXiv 2502.16982).
 
     ours: in float32, as only some processors multiply bfloat16; matrices of one shape, or its transpose, in a stack."""
     def __init__(self, matrices: list[Tensor], lr: float):
@@ -384,12 +382,12 @@ class Muon(torch.optim.Optimizer):
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model. Other
-    comments name toys of toy_models.py. L0: the mean number of g > 0 at a position.
+    comments name toys of toy_models.py and presets of train_gpt2.py. L0: the mean number of g > 0 at a position.
     On a new model tune in this order: w_importance, w_delta, lr, adversary_lr, w_frequency, C (of `decompose`)."""
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
     lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.06 / sqrt(features) serves every size
-    muon: float = 1.0  # [0] U and V step by Muon, at so many times lr (0: AdamW, lr); ours: laptop L0 84, not 107
+    muon: float = 1.0  # [0] U and V step by Muon with muon * lr; 0: by AdamW with lr; ours: laptop L0 84, not 107
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
     faithfulness_steps: int = 400  # [400] of U and V alone, on Delta-L2, before the training (`fit_weights`)
@@ -397,10 +395,10 @@ class Config:
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: it can explode as p falls below 1 (toys: never did)
     w_stochastic: float = 0.5  # [0.5] the weights of the five losses
     w_adversarial: float = 0.5  # [0.5]
-    shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 in laptop and gpu
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
-    w_delta: float = 0.5  # [1e7] as low as keeps Delta small: higher, parts merge less (shrink 0: 1e6 L0 61, 1e4 47)
+    w_delta: float = 0.5  # [1e7] as low as keeps Delta small (measured without shrink: 1e6 gives L0 61, 1e4 gives 47)
+    shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 in laptop and gpu
     price_start: float = 1.0  # [1] a factor on losses 3 and 4, falls geometrically to 1; ours: resid_mlp1 needs 120
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
@@ -427,7 +425,7 @@ class Training:
     decomposition: Decomposition
     optimizer_UV: torch.optim.Optimizer
     optimizer_G: torch.optim.Optimizer
-    sources: Tensor  # the persistent adversary's, (..., K)
+    sources: Tensor  # the persistent adversary's, (..., K): one for each mask at each place of a batch
     ascent: torch.optim.Optimizer  # of the sources, uphill
     data_generator: torch.Generator  # for batches, on the CPU
     noise_generator: torch.Generator  # for stochastic sources and routing, on the model's device
@@ -436,7 +434,7 @@ class Training:
 
 def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config, process: int = 0) -> Training:
     """A run at step 0 ([VPD] section 5): V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1) for batches like this one;
-    for one seed the same on every device. process: the number of this one, where several train together. U, V and G are
+    for one seed equal on every device. process: the number of this one, where several train together. U, V and G are
     equal in all of them, sources, data and noise are not."""
     weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
     device = next(iter(weights.values())).device
@@ -461,9 +459,7 @@ def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Confi
     sources = torch.rand(*positions, sum(C.values()) + len(C), generator=stream(1, "cpu")).to(device)
     ascent = start_ascent(sources, config.adversary_lr)
     decomposition = Decomposition(U, V, G, config.bf16)
-    data_generator = stream(2, "cpu")
-    noise_generator = stream(3, device)
-    return Training(decomposition, optimizer_UV, optimizer_G, sources, ascent, data_generator, noise_generator)
+    return Training(decomposition, optimizer_UV, optimizer_G, sources, ascent, stream(2, "cpu"), stream(3, device))
 
 def fit_weights(model: nn.Module, decomposition: Decomposition, config: Config) -> None:
     """The faithfulness warm-up: before the training, fit U and V alone to the weights, by AdamW with lr 1e-3 on loss 5
@@ -499,9 +495,9 @@ def set_learning_rates(training: Training, config: Config) -> None:
 def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms. Raises
     BadInput if one of them is not finite, before U, V and G are changed."""
-    U, V = training.decomposition.U, training.decomposition.V
-    UV = [*U.values(), *V.values()]
-    G_parameters = list(training.decomposition.G.parameters())
+    U, V, G = training.decomposition.U, training.decomposition.V, training.decomposition.G
+    parameters_UV = [*U.values(), *V.values()]
+    parameters_G = list(G.parameters())
     sources = training.sources
     set_learning_rates(training, config)
     elapsed = training.step / config.steps
@@ -513,9 +509,10 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     with precision(batch.device, config.bf16):
         for _ in range(config.adversary_steps):
             loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
-            ascend(training.ascent, sources, torch.autograd.grad(config.w_adversarial * loss, sources)[0])
-        loss_stochastic = stochastic_reconstruction(
-            model, U, V, g, batch, target, divergence, training.noise_generator, config.shrink)  # fmt: skip
+            # weighted as in the total, because Adam's moments are of both
+            ascend(training.ascent, sources, *torch.autograd.grad(config.w_adversarial * loss, sources))
+        noise = training.noise_generator
+        loss_stochastic = stochastic_reconstruction(model, U, V, g, batch, target, divergence, noise, config.shrink)
         loss_adversarial = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
     S, positions = usage(z, p)
     loss_importance = importance_minimality(S, positions)
@@ -526,15 +523,16 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
              + config.w_delta * loss_delta)  # fmt: skip
     training.optimizer_UV.zero_grad()
     training.optimizer_G.zero_grad()
-    total.backward(inputs=[*UV, *G_parameters, sources])
-    ascend(training.ascent, sources, sources.grad)  # one more step up, as the gradient is there anyway
+    total.backward(inputs=[*parameters_UV, *parameters_G, sources])
+    all_reduce_mean([x.grad for x in [*parameters_UV, *parameters_G]])
+    norm_UV = nn.utils.clip_grad_norm_(parameters_UV, config.clip_UV)
+    norm_G = nn.utils.clip_grad_norm_(parameters_G, config.clip_G)
 
-    all_reduce_mean([x.grad for x in [*UV, *G_parameters]])
     values = {"stochastic": loss_stochastic, "adversarial": loss_adversarial, "importance_minimality": loss_importance,
               "frequency_minimality": loss_frequency, "delta_l2": loss_delta, "L0": (g > 0).sum(-1).float().mean(),
-              "gradient of U and V": nn.utils.clip_grad_norm_(UV, config.clip_UV),
-              "gradient of G": nn.utils.clip_grad_norm_(G_parameters, config.clip_G)}  # fmt: skip
+              "gradient of U and V": norm_UV, "gradient of G": norm_G}  # fmt: skip
     numbers = finite_numbers(values, target, training.step)
+    ascend(training.ascent, sources, sources.grad)  # one more step up: its gradient is there anyway
     training.optimizer_UV.step()
     training.optimizer_G.step()
     training.step += 1
@@ -595,21 +593,17 @@ def predict_importances(model, decomposition: Decomposition, batch: Tensor) -> t
     target, z = predict_scores(model, decomposition, batch)
     return target, by_path(causal_importances(z, decomposition.U), decomposition.U)
 
-def count_subcomponents(importances: Iterable[dict[str, Tensor]]) -> dict[str, dict]:
+def count_subcomponents(importances: list[dict[str, Tensor]]) -> dict[str, dict]:
     """Per matrix, on the importances of equal batches, {path: {"C"; "alive": mean g above ALIVE; "L0": how many have
     g > 0 at a position, on average; "L0 above 0.1": g > 0.1; "mean_importance": C numbers}}."""
-    sums = collections.defaultdict(lambda: collections.defaultdict(float))
-    for n, g in enumerate(importances, 1):
-        for path, x in g.items():
-            x = x[..., :-1].flatten(0, -2)  # (positions, C)
-            sums[path]["importance"] += x.mean(0)
-            sums[path]["L0"] += (x > 0).sum(-1).float().mean().item()
-            sums[path]["L0 above 0.1"] += (x > 0.1).sum(-1).float().mean().item()
     matrices = {}
-    for path, of in sums.items():
-        mean = of["importance"] / n
-        matrices[path] = {"C": len(mean), "alive": int((mean > ALIVE).sum()), "L0": of["L0"] / n,
-                          "L0 above 0.1": of["L0 above 0.1"] / n, "mean_importance": mean.tolist()}  # fmt: skip
+    for path in importances[0]:
+        g = torch.cat([of_batch[path][..., :-1].flatten(0, -2) for of_batch in importances])  # (positions, C)
+        mean = g.mean(0)
+        l0 = (g > 0).sum(-1).float().mean().item()
+        l0_above = (g > 0.1).sum(-1).float().mean().item()
+        matrices[path] = {"C": len(mean), "alive": int((mean > ALIVE).sum()), "L0": l0, "L0 above 0.1": l0_above,
+                          "mean_importance": mean.tolist()}  # fmt: skip
     return matrices
 
 def total_counts(matrices: dict[str, dict]) -> dict[str, float]:
@@ -617,8 +611,8 @@ def total_counts(matrices: dict[str, dict]) -> dict[str, float]:
     return {key: sum(of[key] for of in matrices.values()) for key in ("C", "alive", "L0", "L0 above 0.1")}
 
 def evaluation_mask(masking: str, g: Tensor, generator: torch.Generator) -> Tensor:
-    """The masks of the subcomponents with importances g (..., C) under one of MASKINGS. "stochastic": sources
-    ~ U(0, 1), whatever `shrink`. "rounded at h": 1 where g > h, else 0."""
+    """The masks of the subcomponents with importances g (..., C) under one of MASKINGS. "stochastic":
+    independent sources ~ U(0, 1), also if training had `shrink`. "rounded at h": 1 where g > h, else 0."""
     if masking == "unmasked":
         return torch.ones_like(g)
     if masking == "stochastic":
@@ -641,8 +635,8 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
 @torch.enable_grad()  # `evaluate` runs without gradients
 def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(),
                     movable=None, seed=0, steps=80, size=0.1) -> list[float]:  # fmt: skip
-    """The attack ([VPD] section 6): the largest divergence within 0, 1, ... steps of sign ascent, of this size, from
-    random sources. (The last may be smaller: steps of 0.1 overshoot.) cases: (batch, target output, g) of equal
+    """The attack ([VPD] section 6): the largest divergence within 0, 1, ... steps of `size` along the gradient's sign,
+    from random sources. (The last may be smaller: such steps overshoot.) cases: (batch, target output, g) of equal
     batches. movable: bools (*positions, K), or all. Delta's mask is its source, as in training, and moves, too.
     positions: () for ONE source per mask, the same at all positions, which finds systematic flaws and not the noise of
     single inputs; the shape of the positions for one at each."""
@@ -651,7 +645,7 @@ def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], div
     K = sum(len(u) + 1 for u in U.values())
     sources = torch.rand(*positions, K, generator=torch.Generator(device).manual_seed(seed), device=device)
     sources.requires_grad_()
-    largest = []
+    reached = []
     for _ in with_progress(range(1 + steps), "fresh adversary"):
         total = 0.0
         gradient = torch.zeros_like(sources)
@@ -660,10 +654,10 @@ def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], div
                 loss = adversarial_reconstruction(model, U, V, side_by_side(g), batch, target, divergence, sources)
             gradient += torch.autograd.grad(loss, sources)[0]
             total += loss.item()
-        largest.append(max([total / len(cases), *largest[-1:]]))  # once NaN, always NaN: the sources are, too
+        reached.append(total / len(cases))
         step = size * gradient.sign()
         sources.data.add_(step if movable is None else step * movable).clamp_(0, 1)
-    return largest
+    return torch.tensor(reached, dtype=torch.float64).cummax(0).values.tolist()  # NaN, if one is
 
 @torch.no_grad()
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None) -> dict:
@@ -676,7 +670,7 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
     shapes = {batch.shape for batch in batches}
     reject_if(len(shapes) != 1, "the evaluation batches differ in shape: give equal ones")
     cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
-    matrices = count_subcomponents(g for _, _, g in cases)
+    matrices = count_subcomponents([g for _, _, g in cases])
     divergences = dict.fromkeys(MASKINGS, 0.0)
     losses = dict.fromkeys(MASKINGS, 0.0)
     target_loss = 0.0
@@ -737,13 +731,13 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
 
     The gradient of value at the write, times what c adds to the write, m_c a_c U_c / ||U_c||. The last column is of the
     bias and Delta. For an embedding: (..., 1). If value is linear in the writes (no constant), they add up to it."""
-    if not value.requires_grad:  # nothing that writes is in it
+    if not value.requires_grad:  # it depends on no write
         return {}
     gradients = torch.autograd.grad(value, [*writes.values()], retain_graph=True, allow_unused=True)
     attributed = {}
     for (path, write), gradient in zip(writes.items(), gradients):
         if gradient is None:
-            continue  # it runs after what value depends on
+            continue  # it runs after value
         whole = (gradient * write).sum(-1, keepdim=True)
         attributed[path] = whole
         if path in decomposition.U:
@@ -766,9 +760,10 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
     values = {}  # number of a node: the scalar that is attributed. Nothing goes into an embedding
     number = {}
     for path, write in writes.items():
-        places = [(t, 0) for t in range(write.shape[-2])]
         if path in g:
             places = g[path][0, :, :-1].nonzero().tolist()
+        else:
+            places = [(t, 0) for t in range(write.shape[-2])]
         for t, c in places:
             node = {"matrix": path, "position": t, "subcomponent": c}
             if path in g:
@@ -785,7 +780,7 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
         for path, x in attributed.items():
             x = x.reshape(-1, x.shape[-1])  # (T, C + 1), or (T, 1)
             for t, c in (x.abs() >= max(share, 1e-9) * total).nonzero().tolist():
-                if (path, t, c) in number:
+                if (path, t, c) in number:  # bias, Delta and what is inactive are no nodes
                     size = x[t, c].item()
                     source = number[path, t, c]
                     edges.append({"source": source, "target": target, "attribution": size, "share": abs(size) / total})
@@ -847,9 +842,11 @@ def cluster(active: Tensor, alpha: float = 3.0) -> dict:
     active = active[:, active.any(0)]  # (positions, k), a copy
     both = active.float().T @ active.float()  # both[i, j]: where i and j are active; s = both[i, i]
     members = torch.ones(len(groups), device=active.device)  # how many each group has
-    costs = [0.0] if not groups else []
+    if not groups:
+        return {"groups": [], "bits_before": 0.0, "bits_after": 0.0}
+    costs = []
     best = []
-    while groups:
+    while True:
         k = len(groups)
         s = both.diagonal()
         costs.append((s * (math.log2(k) + alpha * members)).sum().item())
@@ -883,9 +880,9 @@ def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, 
     for path in one.U:
         u = F.normalize(one.U[path].detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of other)
         v = F.normalize(one.V[path].detach(), dim=0).T @ F.normalize(other.V[path].detach(), dim=0)
-        largest[path] = {"U": F.pad(u.abs(), (0, 1)).amax(1), "V": F.pad(v.abs(), (0, 1)).amax(1)}
-        product = F.pad(u * v, (0, 1))
-        largest[path] |= {"product": product.amax(1), "match": product.argmax(1)}
+        product = F.pad(u * v, (0, 1))  # at least 0, also if the other has none
+        largest[path] = {"U": F.pad(u.abs(), (0, 1)).amax(1), "V": F.pad(v.abs(), (0, 1)).amax(1),
+                         "product": product.amax(1), "match": product.argmax(1)}  # fmt: skip
     return largest
 
 # ---- 10  Running it: several processes, checks, the run folder, checkpoints, progress, pictures ---------------------
@@ -902,7 +899,7 @@ def reject_if(wrong, message: str) -> None:
 
 def world_size() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 def rank() -> int:
     """The number of this process, from 0."""
@@ -983,11 +980,11 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, config: Con
     reject_if(len(positions) > 1, f"the matrices see different positions, {positions}: decompose those with equal ones")
     wrong = config.G_type == "transformer" and len(min(positions)) != 2
     reject_if(wrong, f"the matrices see positions {min(positions)}, not (batch, positions): set G_type='mlp'")
-    try:  # a backward pass, as training will do it, with one subcomponent in each matrix
-        small = initialize(model, dict.fromkeys(C, 1), batch, config).decomposition
-        masks = {path: x.new_full((*x.shape[:-1], 2), 0.5) for path, x in inputs.items()}
-        output = masked_forward(model, small.U, small.V, masks, batch)
-        output.sum().backward(inputs=[*small.U.values(), *small.V.values()])
+    masks = {path: x.new_full((*x.shape[:-1], 1), 0.5).requires_grad_() for path, x in inputs.items()}  # of Delta alone
+    U = {path: x.new_zeros(0, model.get_submodule(path).out_features) for path, x in inputs.items()}
+    V = {path: x.new_zeros(x.shape[-1], 0) for path, x in inputs.items()}
+    try:  # a backward pass, as training will do it
+        masked_forward(model, U, V, masks, batch).sum().backward(inputs=list(masks.values()))
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:100]
         raise BadInput(f"the model has no gradient ({reason}): write x = x + y, not x += y; detach nothing") from None
@@ -1004,8 +1001,9 @@ def claim_folder(folder: Path, model: nn.Module, C: dict[str, int], config: Conf
     digest = hashlib.sha256()
     for name, x in model.state_dict().items():
         digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    run = {**dataclasses.asdict(config), **C, "order of the matrices": list(C), "number of processes": world_size(),
-           "target model": digest.hexdigest()[:16]}  # fmt: skip
+    run = dataclasses.asdict(config) | {f"C of {name}": number for name, number in C.items()}
+    run |= {"order of the matrices": list(C), "number of processes": world_size()}
+    run["target model"] = digest.hexdigest()[:16]
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -1049,7 +1047,7 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
     path = folder / "checkpoint.pt"
     log = folder / "log.jsonl"
     if not path.exists():
-        log.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        log.write_bytes(b"")  # without what a run wrote that was killed before its first checkpoint
         return
     now = versions(training.sources.device)
     try:
@@ -1129,13 +1127,11 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
     from matplotlib.figure import Figure  # here, so that the method itself runs without it
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    curves = collections.defaultdict(list)
-    for line in log.read_text().splitlines():
-        values = json.loads(line)
-        for name in values.keys() - {"step", "seconds", "gradient of U and V", "gradient of G"}:
-            curves[name].append((values["step"], values[name]))
-    for name, points in sorted(curves.items()):
-        left.plot(*zip(*points), ".-" if len(points) < 20 else "-", label=name.replace("_", " "))
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for name in rows[-1]:  # validation figures, too: the last step has them
+        if name not in ("step", "seconds", "gradient of U and V", "gradient of G"):
+            logged = [row for row in rows if name in row]
+            left.plot([row["step"] for row in logged], [row[name] for row in logged], label=name.replace("_", " "))
     for n, (path, matrix) in enumerate(metrics["matrices"].items()):
         mean = [max(x, 1e-8) for x in sorted(matrix["mean_importance"], reverse=True)]
         label = "_" * (n > 23) + f"{path}: {matrix['alive']} alive of {matrix['C']}"  # _: the legend is full

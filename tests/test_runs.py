@@ -68,7 +68,7 @@ def in_a_process(function, *arguments):
     return process.exitcode
 
 
-def run_that_dies(folder, draw=None, save=None):
+def run_that_dies(folder, config=CONFIG, draw=None, save=None):
     """The run, which kills itself when it draws a batch the so-many-th time, or in the midst of its so-many-th save."""
     torch.set_num_threads(1)
     draws, saves, write = iter(range(10**6)), iter(range(10**6)), torch.save
@@ -86,7 +86,7 @@ def run_that_dies(folder, draw=None, save=None):
         write(state, file)
 
     torch.save = mortal_save
-    decompose_net(folder, get_batch=mortal_batches)
+    decompose_net(folder, config, get_batch=mortal_batches)
 
 
 def test_a_run_killed_again_and_again_ends_bit_identical_to_one_that_was_never_interrupted(tmp_path):
@@ -110,6 +110,14 @@ def steps_saved(folder):
     """Steps in a folder's checkpoint. A checkpoint that is half-written would fail to load here."""
     path = Path(folder) / "checkpoint.pt"
     return torch.load(path, weights_only=True)["step"] if path.exists() else 0
+
+
+def test_a_run_that_saves_before_its_first_line_of_the_log_resumes(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=800)  # a line for every 4 steps
+    assert in_a_process(functools.partial(run_that_dies, tmp_path, config, draw=3)) == -signal.SIGKILL
+    assert steps_saved(tmp_path) == 2 and not (tmp_path / "log.jsonl").read_text()
+    assert in_a_process(functools.partial(run_that_dies, tmp_path, config, draw=7)) == -signal.SIGKILL
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [4, 8]
 
 
 def test_a_seed_fixes_the_result_and_another_seed_changes_it():
@@ -246,7 +254,7 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
         decompose_net(tmp_path, dataclasses.replace(small, lr=1.0))
     with pytest.raises(vpd.BadInput, match=r"differs in: order of the matrices\)"):
         decompose_net(tmp_path, small, sizes=dict(reversed(C.items())))  # G's scores and the optimizer go by the order
-    with pytest.raises(vpd.BadInput, match=r"differs in: last\)"):
+    with pytest.raises(vpd.BadInput, match=r"differs in: C of last\)"):
         decompose_net(tmp_path, small, sizes={**C, "last": 9})
     other = net()
     other.first.weight.data += 1
@@ -364,7 +372,7 @@ def one_of_two(rank, folder):
 
 
 def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_identical(tmp_path, monkeypatch):
-    torch.multiprocessing.start_processes(one_of_two, (tmp_path,), 2, start_method="fork")
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), 2)
 
     monkeypatch.setattr(vpd, "stochastic_reconstruction", without_chance)
     losses, gradients, sources = joined_step(TOGETHER, slice(0, 8))
