@@ -4,7 +4,7 @@
     python toy_models.py tms_40-10 --seed 3 --out runs/tms40
     python toy_models.py tms_5-2 --without adversarial    # one loss removed: what breaks?
 
-Models, after section 3 of Stochastic Parameter Decomposition (arXiv 2506.20790):
+Repeated, a killed command goes on. Models, after section 3 of Stochastic Parameter Decomposition (arXiv 2506.20790):
     tms_N-M       toy model of superposition, N features in M dimensions: ReLU(W^T W x + b). One mechanism per feature.
     tms_N-M-id    the same with a fixed M x M identity in between: M further mechanisms, all needed on every input.
     resid_mlp1..3 residual MLP of 1 to 3 layers that computes x + ReLU(x) for more features than it has neurons.
@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import functools
 import json
+import math
 import re
 import sys
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.style
@@ -40,7 +41,7 @@ class TMS(nn.Module):
     def __init__(self, features: int, dimensions: int, identity: bool):
         super().__init__()
         self.W = nn.Linear(features, dimensions, bias=False)  # weight: M x N, one column per feature
-        self.identity = nn.Linear(dimensions, dimensions, bias=False) if identity else None
+        self.identity = nn.Linear(dimensions, dimensions, bias=False) if identity else nn.Identity()
         self.WT = nn.Linear(dimensions, features)  # weight: N x M
         with torch.no_grad():  # columns of unit norm: training drops features that start smaller
             self.W.weight.copy_(F.normalize(torch.randn(dimensions, features), dim=0))
@@ -49,10 +50,7 @@ class TMS(nn.Module):
                 nn.init.eye_(self.identity.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.W(x)
-        if self.identity is not None:
-            h = self.identity(h)
-        return F.relu(self.WT(h))
+        return F.relu(self.WT(self.identity(self.W(x))))
 
 class ResidualMLP(nn.Module):
     """x (B, features) -> fixed random embedding -> residual ReLU blocks -> unembedding (B, features)."""
@@ -60,7 +58,7 @@ class ResidualMLP(nn.Module):
         super().__init__()
         self.register_buffer("embedding", F.normalize(torch.randn(features, width), dim=-1))  # unit norm, not trained
         linear = functools.partial(nn.Linear, bias=False)
-        blocks = ({"in": linear(width, neurons), "out": linear(neurons, width)} for _ in range(layers))
+        blocks = [{"in": linear(width, neurons), "out": linear(neurons, width)} for _ in range(layers)]
         self.layers = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +72,8 @@ class Head(nn.Module):
     def __init__(self, d_qk: int, scores: int, d_v: int, values: int, sink: float):
         super().__init__()
         self.q, self.k = nn.Linear(d_qk, scores, bias=False), nn.Linear(d_qk, scores, bias=False)
-        self.v, self.o = nn.Linear(d_v, values, bias=False), nn.Linear(values, d_v, bias=False)
+        self.v = nn.Linear(d_v, values, bias=False)
+        self.o = nn.Linear(values, d_v, bias=False)
         self.sink = sink  # added to the scores of position 0
 
     def pattern(self, q: Tensor, k: Tensor) -> Tensor:
@@ -88,12 +87,11 @@ class Head(nn.Module):
 
 class InductionTransformer(nn.Module):
     """Tokens (B, T), a BOS of number 0 first -> logits (B, T, tokens + 1): attention only, no norm, weights by hand.
-
     Layer 0 writes the token before (behind the first half; elsewhere a mean of tokens, which does no harm). Where a
     token stands for the second time, layer 1 attends to the position after its first place and copies the token there
     to the logits; elsewhere mostly to BOS, which has no vector. Each matrix reads one block of the stream: token,
-    position or token before. (Parts of a matrix that read all could trade weight on all tokens for weight on all
-    positions: not unique.) Attention and logits are far from saturated, so that the size of a part counts."""
+    position or token before. (Subcomponents of a matrix that reads all could trade weight on all tokens for weight on
+    all positions: not unique.) Attention and logits are far from saturated, so that a subcomponent's size counts."""
     def __init__(self, tokens: int, length: int, dimensions: int):
         super().__init__()
         vectors = torch.eye(tokens) if dimensions == tokens else F.normalize(torch.randn(tokens, dimensions), dim=1)
@@ -101,21 +99,26 @@ class InductionTransformer(nn.Module):
         first = Head(length, length, dimensions, tokens, 0.0)  # layer 0
         second = Head(dimensions, tokens, dimensions, tokens, 4.5)  # where nothing matches, BOS has the largest score
         self.layers = nn.ModuleList([first, second])
-        with torch.no_grad():
-            first.q.weight.zero_(), first.k.weight.zero_()
-            at = torch.arange(1, 1 + (length - 1) // 2)  # the first half, from which tokens are copied
-            first.q.weight[at + 1, at + 1] = first.k.weight[at + 1, at] = 5**0.5
-            first.v.weight.copy_(vectors), first.o.weight.copy_(vectors.T)
-            second.q.weight.copy_(6**0.5 * vectors), second.k.weight.copy_(6**0.5 * vectors)  # a match scores 6
-            second.v.weight.copy_(vectors), second.o.weight.copy_(3 * vectors.T)
+        at = torch.arange(1, 1 + (length - 1) // 2)  # the first half, from which tokens are copied
+        self.requires_grad_(False)
+        first.q.weight.zero_()
+        first.k.weight.zero_()
+        first.q.weight[at + 1, at + 1] = 5**0.5
+        first.k.weight[at + 1, at] = 5**0.5
+        second.q.weight.copy_(6**0.5 * vectors)
+        second.k.weight.copy_(6**0.5 * vectors)  # a match scores 6
+        for head, strength in ((first, 1), (second, 3)):
+            head.v.weight.copy_(vectors)
+            head.o.weight.copy_(strength * vectors.T)
 
     def forward(self, ids: Tensor) -> Tensor:
-        token, T = self.vectors[ids], ids.shape[1]
-        position = torch.eye(T, device=ids.device).expand(len(ids), T, T)
+        token = self.vectors[ids]
+        B, T = ids.shape
+        position = torch.eye(T, device=ids.device).expand(B, T, T)
         before = self.layers[0](position, position, token)
         return self.layers[1](token, before, token) @ self.vectors.T
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Toy:
     """A toy model: what its name says, its data, and how many subcomponents each matrix gets."""
     name: str
@@ -134,133 +137,138 @@ class Toy:
             return ResidualMLP(self.features, self.dimensions, self.neurons, self.layers)
         return TMS(self.features, self.dimensions, self.identity)
 
-    @property
-    def density(self) -> float:
-        """The probability that a feature is present. Residual MLP: one on average, as in the paper (100 at 0.01)."""
-        return 1 / self.features if self.layers else 0.05
-
     def batch(self, generator: torch.Generator, n: int | None = None) -> Tensor:
-        """(n, features) inputs, n by default as many as a step of the decomposition takes (with 256, more features of a
-        residual MLP share a subcomponent). Each feature is present with probability `density`, with a value from U(0,
-        1), or for a residual MLP U(-1, 1), and else 0. Induction: (n, length) tokens, a BOS and two halves, each of
-        tokens in random order, none twice: a token of the first half is needed in some sequences, not in others."""
-        n = n or (64 if self.length else 512 if self.layers else 256)
+        """(n, features) inputs; n: by default of a step. A feature is present with probability 0.05, with a value from
+        U(0, 1); of a residual MLP 1 / features (as in the paper: 100 at 0.01) and U(-1, 1). Induction: (n, length)
+        tokens, a BOS and two halves, each of tokens in random order, none twice: a token of the first half is needed in
+        some sequences, not in others."""
         if self.length:
-            first, second = (torch.rand(n, self.features, generator=generator).argsort(-1) + 1 for _ in range(2))
-            half, bos = (self.length - 1) // 2, torch.zeros(n, 1, dtype=torch.int64)
-            return torch.cat([bos, first[:, :half], second[:, : self.length - 1 - half]], 1)
+            order = torch.rand(2, n or 64, self.features, generator=generator).argsort(-1) + 1  # of all tokens, twice
+            half = (self.length - 1) // 2
+            tokens = torch.cat([order[0, :, :half], order[1, :, : self.length - 1 - half]], 1)
+            return F.pad(tokens, (1, 0))
+        n = n or (512 if self.layers else 256)  # with 256, more features of a residual MLP share a subcomponent
         value = torch.rand(n, self.features, generator=generator)
-        value = 2 * value - 1 if self.layers else value
-        return value * (torch.rand(n, self.features, generator=generator) < self.density)
+        present = torch.rand(n, self.features, generator=generator)
+        return (2 * value - 1) * (present < 1 / self.features) if self.layers else value * (present < 0.05)
 
     def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
         """The setting of a toy model: one for each kind; what depends on its size follows from the size.
-
         lr: Adam and Muon move every entry by about lr a step, and those of V start at 1 / sqrt(d_in). With two thirds
         of it, subcomponents that do the same do not merge in time. Price: MSE is a mean over N outputs, so a feature's
-        share in it is 1 / N. price_start: from a high price down, a feature is more often found as one part, and seldom
-        as the sum of its two neighbours' parts."""
+        share in it is 1 / N. price_start: from a high price down, a feature is more often found as one subcomponent,
+        and seldom as the sum of its two neighbours'."""
+        N = self.features
         # ours: adversary_steps=0, because the ascent that comes with the loss is enough
-        config = vpd.Config(steps=2000, seed=seed, lr=0.06 / self.features**0.5, w_importance=1e-4 / self.features,
-                            w_frequency=2e-3 / self.features, price_start=7.5, adversary_steps=0)  # fmt: skip
+        config = vpd.Config(steps=2000, seed=seed, lr=0.06 / N**0.5, w_importance=1e-4 / N, w_frequency=2e-3 / N,
+                            price_start=7.5, adversary_steps=0)  # fmt: skip
         if self.identity:
             # An identity is needed, and paid for, whenever any feature is present. At the price above, that of
             # tms_40-10-id came apart into 64 pieces. So the price is lower, the more features are present at once.
-            # (Not for all models: with it, tms_40-10 found 39 features of 40.)
-            price = 1e-3 / self.features / (self.density * self.features) ** 0.5
-            steps = 2000 if self.features < 20 else 3500
-            new = {"w_importance": price / 2, "w_frequency": price, "price_start": 6.0, "steps": steps}
-            config = dataclasses.replace(config, **new)
+            price = 1e-3 / N / (0.05 * N) ** 0.5  # not for all models: with it, tms_40-10 found 39 of 40
+            config = replace(config, w_importance=price / 2, w_frequency=price, price_start=6.0)
+            config = replace(config, steps=2000 if N < 20 else 3500)
         if self.layers:
             # Two features whose columns of W_in have a cosine over 0.5 easily come to share a subcomponent, and
             # training seldom parts them again. Large batches, a price that starts high and p from 2 keep them apart
             # (with p from 1, a third of the features was found). A price that ends low finds the weak columns.
-            new = {"w_importance": 1e-5 / self.features, "w_frequency": 2e-4 / self.features, "price_start": 120.0}
-            config = dataclasses.replace(config, steps=3000, lr=0.07 / self.dimensions**0.5, **new)
+            config = replace(config, w_importance=1e-5 / N, w_frequency=2e-4 / N, price_start=120.0)
+            config = replace(config, steps=3000, lr=0.07 / self.dimensions**0.5)
         if self.length:
-            # price_start: with 4 or more, two mechanisms of a matrix often come to share a part (with 3 on one seed of
-            # five); with 2, more are on than need be. What else was tried: .github/experiments.md
-            new = {"lr": 0.005, "muon": 4.0, "w_importance": 3e-4, "w_frequency": 3e-4, "w_delta": 3.0, "steps": 8000}
-            config = dataclasses.replace(config, price_start=3.0, G_type="transformer", G_width=64, **new)
-        return dataclasses.replace(config, **{f"w_{loss}": 0.0 for loss in without})
+            # price_start: with 4 or more, two mechanisms of a matrix often come to share a subcomponent (with 3 on one
+            # seed of five); with 2, more are on than need be. What else was tried: .github/experiments.md
+            config = replace(config, w_importance=3e-4, w_frequency=3e-4, w_delta=3.0, price_start=3.0)
+            config = replace(config, steps=8000, lr=0.005, muon=4.0, G_type="transformer", G_width=64)
+        return replace(config, **{f"w_{loss}": 0.0 for loss in without})
 
     def C(self) -> dict[str, int]:
         """Subcomponents per matrix, several times what the truth needs: with half as many, some features of TMS (and
         positions of induction) come to share one."""
-        N, M = self.features, self.dimensions
+        model = self.model()
         if self.length:
-            return {path: 8 * len(parts) for path, parts in mechanisms(self.model()).items()}
+            return {path: 8 * len(true) for path, true in mechanisms(model).items()}
+        weights = {name.removesuffix(".weight"): x for name, x in model.named_parameters() if x.dim() == 2}
         if self.layers:
-            return {f"layers.{i}.{m}": 2 * N for i in range(self.layers) for m in ("in", "out")}
-        return {"W": 8 * N, **({"identity": 8 * M} if self.identity else {}), "WT": 8 * N}
+            return dict.fromkeys(weights, 2 * self.features)
+        return {path: 8 * max(weight.shape) for path, weight in weights.items()}
 
 def parse_name(name: str, published: bool = False) -> Toy:
     """The toy model of a name; raises BadInput, listing those there are, for an unknown one."""
-    wrong = published and not name.startswith("resid")
-    vpd.refuse(wrong, f"--published is for the residual MLPs: leave it out, {name} says its own size")
+    misplaced = published and not name.startswith("resid")
+    vpd.reject_if(misplaced, f"--published is for the residual MLPs: leave it out, {name} says its own size")
     if match := re.fullmatch(r"tms_(\d+)-(\d+)(-id)?", name):
         features, dimensions = int(match[1]), int(match[2])
         if 1 <= dimensions <= features:
             return Toy(name, features, dimensions, identity=bool(match[3]))
     if match := re.fullmatch(r"resid_mlp([123])", name):
         layers = int(match[1])
-        features, width, neurons = (100, 1000, 50 // layers) if published else (40 * layers, 200 * layers, 20)
-        return Toy(name, features, width, layers=layers, neurons=neurons)
+        if published:
+            return Toy(name, features=100, dimensions=1000, layers=layers, neurons=50 // layers)
+        return Toy(name, features=40 * layers, dimensions=200 * layers, layers=layers, neurons=20)
     if match := re.fullmatch(r"induction(?:_(\d+)-(\d+)(?:-(\d+))?)?", name):
-        tokens, length = int(match[1] or 8), int(match[2] or 9)
-        if 3 <= length < 2 * tokens and 1 <= (dimensions := int(match[3] or tokens)) <= tokens:
+        tokens = int(match[1] or 8)
+        length = int(match[2] or 9)
+        dimensions = int(match[3] or tokens)
+        if 3 <= length < 2 * tokens and 1 <= dimensions <= tokens:
             return Toy(name, tokens, dimensions, length=length)
     known = "tms_N-M or tms_N-M-id (N >= M >= 1), resid_mlp1, 2 or 3, induction or induction_TOKENS-LENGTH"
     raise vpd.BadInput(f"unknown model {name!r}: give {known} (3 <= LENGTH < 2 TOKENS)")
 
 def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
     """Train the model from scratch to compute x (TMS, with W and W^T tied) or x + ReLU(x) (residual MLP).
-
     AdamW, weight decay 0.01, cosine to 0, batches of 1,024; learning rates as in the paper."""
-    device, data = next(model.parameters()).device, torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    data_generator = torch.Generator().manual_seed(seed)
     trained = list(model.parameters()) if toy.layers else [model.W.weight, model.WT.bias]
     optimizer = torch.optim.AdamW(trained, lr=3e-3 if toy.layers else 5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        x = toy.batch(data, 1024).to(device)
-        output = model(x) if toy.layers else F.relu(F.linear(model.W(x), model.W.weight.T, model.WT.bias))
-        loss = F.mse_loss(output, x + F.relu(x) if toy.layers else x)
+    for _ in vpd.with_progress(range(steps), "target model"):
+        x = toy.batch(data_generator, 1024).to(device)
+        if toy.layers:
+            loss = F.mse_loss(model(x), x + F.relu(x))
+        else:
+            output = F.relu(F.linear(model.W(x), model.W.weight.T, model.WT.bias))
+            loss = F.mse_loss(output, x)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step(), schedule.step()
-        if step % 100 == 99:
-            vpd.progress(f"target model: step {step + 1}/{steps}  loss {loss.item():.2g}", False)
+        optimizer.step()
+        schedule.step()
     if not toy.layers:
         model.WT.weight.data.copy_(model.W.weight.T)
 
 def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tuple[nn.Module, float]:
     """The trained target model of a run folder, made and saved there (target.pt) if it is not yet; and its seconds.
-
     Raises BadInput if the folder holds another run or a damaged target.pt."""
-    path, wanted = out / "target.pt", {"toy": dataclasses.asdict(toy), "seed": seed}
+    path = out / "target.pt"
+    wanted = {"toy": asdict(toy), "seed": seed}
     torch.manual_seed(seed)
-    model = toy.model()
-    if path.exists():
-        try:
-            saved = torch.load(path, map_location=device, weights_only=True)
-            held = saved["wanted"]
-            model.load_state_dict(saved["model"]) if held == wanted else None
-        except Exception as error:
-            raise vpd.BadInput(f"{path} is damaged or no toy model: delete it, or choose another --out") from error
-        other = f"{held['toy']['name']} of seed {held['seed']}"
-        vpd.refuse(held != wanted, f"{out} holds {other}: choose another --out, or delete it")
-        return model.to(device).eval(), saved["seconds"]
-    vpd.refuse((out / "run.json").exists(), f"{out} holds another run: choose another --out, or delete it")
-    began = time.monotonic()
-    if not toy.length:  # the weights of induction are set by hand
-        train_target(toy, model.to(device), seed, steps)
-    seconds = time.monotonic() - began
-    out.mkdir(parents=True, exist_ok=True)
-    with vpd.replacing(path) as file:
-        torch.save({"wanted": wanted, "model": model.state_dict(), "seconds": seconds}, file)
-    return model.eval(), seconds
+    model = toy.model().to(device)
+    if not path.exists():
+        vpd.reject_if((out / "run.json").exists(), f"{out} holds another run: choose another --out, or delete it")
+        began = time.monotonic()
+        if not toy.length:  # the weights of induction are set by hand
+            train_target(toy, model, seed, steps)
+        saved = {"wanted": wanted, "model": model.state_dict(), "seconds": time.monotonic() - began}
+        out.mkdir(parents=True, exist_ok=True)
+        with vpd.atomic_write(path) as file:
+            torch.save(saved, file)
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        held = f"{saved['wanted']['toy']['name']} of seed {saved['wanted']['seed']}"
+    except Exception as error:  # torch.load raises almost anything on a file that is not its own
+        raise vpd.BadInput(f"{path} is damaged or no toy model: delete it, or choose another --out") from error
+    vpd.reject_if(saved["wanted"] != wanted, f"{out} holds {held}: choose another --out, or delete it")
+    model.load_state_dict(saved["model"])
+    return model.eval().requires_grad_(False), saved["seconds"]
 
 # ---- The score: did VPD find the mechanisms that are there? ---------------------------------------------------------
+@dataclass
+class Alive:
+    """The alive subcomponents of a matrix, ordered by the probe that each serves most."""
+    numbers: Tensor  # (alive,), c as in U[path][c]
+    matrices: Tensor  # (alive, d_out, d_in), or (alive, d_in, d_out): see `in_features`
+    on_probes: Tensor  # (probes, alive), causal importances
+
 def in_features(toy: Toy, model: nn.Module, path: str, weights: Tensor) -> Tensor:
     """Matrices (..., d_out, d_in) of a path, changed so that the last dimension counts features where it can: W as it
     is, W^T transposed; W_in times the embedding, W_out transposed times it."""
@@ -268,151 +276,179 @@ def in_features(toy: Toy, model: nn.Module, path: str, weights: Tensor) -> Tenso
         return weights @ model.embedding.T if path.endswith("in") else weights.mT @ model.embedding.T
     return weights.mT if path == "WT" else weights
 
-def subcomponents(found: vpd.Decomposition, path: str) -> Tensor:
-    """All rank-one matrices U_c V_c^T of a path, (C, d_out, d_in)."""
-    return torch.einsum("co,ic->coi", found.U[path].detach(), found.V[path].detach())
+def alive_subcomponents(toy: Toy, model, decomposition: vpd.Decomposition, probes: Tensor, matrices: dict) -> dict:
+    """{path: Alive}; those that serve no probe come last. matrices: of `vpd.evaluate`."""
+    _, g = vpd.predict_importances(model, decomposition, probes)
+    alive = {}
+    for path, matrix in matrices.items():
+        mean = torch.tensor(matrix["mean_importance"], device=probes.device)
+        numbers = (mean > vpd.ALIVE).nonzero().flatten()
+        on_probes = g[path].flatten(0, -2).index_select(1, numbers)
+        idle = on_probes.amax(0) < 0.1
+        order = (on_probes.argmax(0) + len(on_probes) * idle).argsort(stable=True)
+        numbers = numbers[order]
+        U, V = decomposition.U[path][numbers], decomposition.V[path][:, numbers]
+        matrices_of_path = in_features(toy, model, path, torch.einsum("co,ic->coi", U, V))
+        alive[path] = Alive(numbers, matrices_of_path, on_probes[:, order])
+    return alive
 
-def superposition_score(columns: Tensor, parts: Tensor) -> tuple[dict, Tensor]:
-    """MMCS and ML2R of the ALIVE subcomponents `parts` (alive, M, N) for columns (M, N); and the best part of each.
-
+def superposition_score(columns: Tensor, subcomponents: Tensor) -> tuple[dict, Tensor]:
+    """MMCS and ML2R of alive subcomponents (alive, M, N) for true columns (M, N), and which is the best of each (N,).
     MMCS: mean over features of the largest cosine of a subcomponent's column with the true one. ML2R: mean norm ratio
     of these two. What the target itself does not represent (norm under a tenth of the largest) is no mechanism, and is
     left out; "true" counts the rest."""
-    norm = columns.norm(dim=0)  # (N,)
-    represented = norm > 0.1 * norm.max()
-    parts = parts if len(parts) else torch.zeros_like(columns)[None]  # none is alive
-    best, which = F.cosine_similarity(parts, columns[None], dim=1).max(0)  # (N,), (N,)
-    ratio = parts.norm(dim=1).gather(0, which[None])[0] / norm
-    means = {"mmcs": best[represented].mean().item(), "ml2r": ratio[represented].mean().item()}
-    return {"true": int(represented.sum()), **means}, which
+    if not len(subcomponents):
+        subcomponents = torch.zeros_like(columns).unsqueeze(0)
+    true_norm = columns.norm(dim=0)  # (N,)
+    represented = true_norm > 0.1 * true_norm.max()
+    cosine, best = F.cosine_similarity(subcomponents, columns, dim=1).max(0)  # (N,), (N,)
+    norm = subcomponents.norm(dim=1).gather(0, best.unsqueeze(0)).squeeze(0)
+    ratio = norm / true_norm
+    means = {"mmcs": cosine[represented].mean().item(), "ml2r": ratio[represented].mean().item()}
+    return {"true": int(represented.sum()), **means}, best
+
+def score_tms(toy: Toy, model: TMS, alive: dict[str, Alive], matrices: dict) -> list[set]:
+    """Add the scores of W and W^T to `matrices`; returns the true groups: what serves each feature; the identity."""
+    for path in ("W", "WT"):
+        columns = in_features(toy, model, path, model.get_submodule(path).weight)
+        scores, _ = superposition_score(columns, alive[path].matrices)
+        matrices[path] |= scores
+    return true_groups(toy, alive, "identity")
+
+def score_residual_mlp(toy: Toy, alive: dict[str, Alive], matrices: dict) -> list[set]:
+    """Add the scores to `matrices`; returns the true groups: what serves each feature in the W_in; each W_out.
+    W_in: features_recovered = share of features for which exactly one subcomponent has g > 0.1 on the one-hot probe,
+    one that serves no other. W_out: rank of the sum of the subcomponents, without singular values under 1 % of the
+    largest (truth: the number of neurons); dense = of the subcomponents with g > 0.1 on some probe, the share on the
+    average probe (truth: 1)."""
+    for path, of_matrix in alive.items():
+        on = of_matrix.on_probes > 0.1
+        if path.endswith("in"):
+            alone = (on.sum(1, keepdim=True) == 1) & (on.sum(0, keepdim=True) == 1)  # in its row and column
+            matrices[path]["features_recovered"] = (on & alone).any(1).float().mean().item()
+        else:
+            used = on.any(0)
+            rank = torch.linalg.matrix_rank(of_matrix.matrices.sum(0), rtol=0.01)
+            matrices[path]["rank"] = int(rank)
+            matrices[path]["dense"] = on[:, used].float().mean().item() if used.any() else 0.0
+    return true_groups(toy, alive, "out")
+
+def true_groups(toy: Toy, alive: dict[str, Alive], all_together: str) -> list[set]:
+    """For each feature what has g > 0.1 on its probe, as {(path, c), ...}; but all of a path that ends like this."""
+    groups = [set() for _ in range(toy.features)]
+    for path, of_matrix in alive.items():
+        names = [(path, c) for c in of_matrix.numbers.tolist()]
+        if path.endswith(all_together):
+            groups.append(set(names))
+            continue
+        for feature, i in (of_matrix.on_probes > 0.1).nonzero().tolist():
+            groups[feature].add(names[i])
+    return groups
 
 def mechanisms(model: InductionTransformer) -> dict[str, Tensor]:
-    """The parts that each matrix was made of, {path: (n, d_out, d_in)}. One for each of its rows (of o: columns) that
-    is not zero: for each token, or for each position that a token can be copied from."""
-    parts = {}
+    """What each matrix was made of, {path: (n, d_out, d_in)}: for each token, or for each position that a token can be
+    copied from, one of its rows (of o: columns) that are not zero."""
+    true = {}
     for name, weight in model.named_parameters():
-        by_row = weight.detach().T if name.endswith("o.weight") else weight.detach()
-        rows = by_row.new_ones(len(by_row)).diag()[..., None] * by_row  # row r alone, for each r
+        by_row = weight.T if name.endswith("o.weight") else weight
+        rows = torch.ones_like(by_row[:, 0]).diag().diag_embed() @ by_row  # (n, n, d), each row alone
         rows = rows[rows.flatten(1).any(1)]
-        parts[name.removesuffix(".weight")] = rows.mT if name.endswith("o.weight") else rows
-    return parts
+        true[name.removesuffix(".weight")] = rows.mT if name.endswith("o.weight") else rows
+    return true
 
 def needed(ids: Tensor) -> dict[str, tuple]:
     """Where each mechanism is needed on sequences `ids` (B, T), by construction. {path: (what its mechanisms serve,
-    (sequences, positions, mechanisms))}: three lists, with one place for every token that stands twice."""
-    sequence, first, second = (ids[:, :, None] == ids[:, None]).triu(1).nonzero().T  # its places
-    after, token, copied = first + 1, ids[sequence, first] - 1, ids[sequence, first + 1] - 1
-    places = {"0.q": ("position", after, first - 1), "0.k": ("position", first, first - 1)}
-    places |= {"0.v": ("token", first, token), "0.o": ("token", after, token), "1.q": ("token", second, token)}
-    places |= {"1.k": ("token", after, token), "1.v": ("copy", after, copied), "1.o": ("copy", second, copied)}
-    return {f"layers.{matrix}": (kind, (sequence, *place)) for matrix, (kind, *place) in places.items()}
+    sequences, positions, mechanisms)}: three lists, with one place for every token that stands twice."""
+    twice = ids.unsqueeze(2) == ids.unsqueeze(1)
+    sequence, first, second = twice.triu(1).nonzero().T
+    after = first + 1
+    token = ids[sequence, first] - 1
+    copied = ids[sequence, after] - 1
+    places = {"0.q": ("position", sequence, after, first - 1), "0.k": ("position", sequence, first, first - 1)}
+    places |= {"0.v": ("token", sequence, first, token), "0.o": ("token", sequence, after, token)}
+    places |= {"1.q": ("token", sequence, second, token), "1.k": ("token", sequence, after, token)}
+    places |= {"1.v": ("copied", sequence, after, copied), "1.o": ("copied", sequence, second, copied)}
+    return {f"layers.{matrix}": place for matrix, place in places.items()}
 
-def residual_score(path: str, parts: Tensor, probe: Tensor) -> dict:
-    """The score of a residual MLP's matrix: its alive subcomponents (alive, ...), their g on one-hot probes (features,
-    alive).
+def score_induction(model: InductionTransformer, ids: Tensor, g: dict[str, Tensor], alive: dict, metrics: dict) -> list:
+    """Add to metrics the scores of the mechanisms of each matrix, and precision and recall of g > 0.1 against what is
+    `needed` on ids (B, T); g: {path: (B, T, C)}. Returns the true groups: what serves each token, copied token and
+    position best, by the weights."""
+    right = on = wanted = 0
+    groups = collections.defaultdict(set)  # {(what is served, its number): {(path, c), ...}}
+    true = mechanisms(model)
+    for path, (serves, sequence, position, mechanism) in needed(ids).items():
+        columns = true[path].flatten(1).T  # (d_out d_in, n): compared as TMS's columns are
+        candidates = alive[path].matrices.flatten(1).unsqueeze(2).expand(-1, -1, columns.shape[1])
+        scores, best = superposition_score(columns, candidates)
+        metrics["matrices"][path] |= scores
+        is_on = g[path] > 0.1
+        on += int(is_on.sum())
+        wanted += len(mechanism)
+        if len(candidates):
+            serving = alive[path].numbers[best]  # of each mechanism
+            right += int(is_on[sequence, position, serving[mechanism]].sum())
+            for n, c in enumerate(serving.tolist()):
+                groups[serves, n].add((path, c))
+    metrics["figures"] |= {"importances precision": right / max(1, on), "importances recall": right / max(1, wanted)}
+    return list(groups.values())
 
-    in-matrix: features_recovered = share of features for which exactly one subcomponent has g > 0.1, one that serves no
-    other. out-matrix: rank of the sum of the subcomponents, without singular values under 1 % of the largest (truth:
-    the number of neurons); dense = of the subcomponents with g > 0.1 on some probe, the share on the average probe
-    (truth: 1)."""
-    on = probe > 0.1
-    if path.endswith("in"):
-        alone = (on.sum(1, keepdim=True) == 1) & (on.sum(0, keepdim=True) == 1)  # in its row and column
-        return {"features_recovered": (on & alone).any(1).float().mean().item()}
-    used = on.any(0)
-    rank = int(torch.linalg.matrix_rank(parts.sum(0), rtol=0.01)) if len(parts) else 0
-    return {"rank": rank, "dense": on[:, used].float().mean().item() if used.any() else 0.0}
+def score_groups(g: dict[str, Tensor], true: list[set], figures: dict) -> None:
+    """Add how many groups `vpd.cluster` finds on g > 0.01, how many are true, and how many of these it finds exactly.
+    g: {path: (..., C)}."""
+    names = []
+    for path, x in g.items():
+        names += [(path, c) for c in range(x.shape[-1])]
+    clusters = vpd.cluster(vpd.side_by_side(g) > 0.01)
+    exact = 0
+    for columns in clusters["groups"]:
+        members = {names[c] for c in columns}
+        exact += true.count(members) == 1  # two features with the same subcomponents are not found
+    figures |= {"groups found": len(clusters["groups"]), "groups true": len(true), "groups exact": exact}
 
-def score(toy: Toy, model: nn.Module, decomposition: vpd.Decomposition, data: Tensor, metrics: dict) -> dict:
-    """Add the scores to metrics: "matrices", "groups", and for induction "importances". Returns, for the pictures,
-    {path: (alive subcomponents, g on probes)}, ordered by the probe that a subcomponent serves most. Probes: 0.75 times
-    each feature alone; for induction the positions of one sequence. data: the evaluation set.
-
-    "importances": precision and recall of g > 0.1 against what is `needed`. "groups": how many `vpd.cluster` finds (on
-    g > 0.01; for induction anywhere in a sequence), how many are true, how many of these it finds exactly. True: for
-    each feature what serves it on the probes; all of the identity, or of a W_out; for induction, by the weights, what
-    serves each token, copied token and position."""
+@torch.no_grad()
+def score(toy: Toy, model, decomposition: vpd.Decomposition, data: Tensor, metrics: dict) -> dict[str, Alive]:
+    """Add the scores to metrics, which has "figures" and "matrices" of `vpd.evaluate` on data, the evaluation set.
+    Returns {path: Alive} for the pictures. Probes: 0.75 times each feature alone; for induction one sequence."""
     probes = data[:1] if toy.length else 0.75 * torch.eye(toy.features, device=data.device)
-    (_, on_probes), (_, g) = (vpd.predict_importances(model, decomposition, x) for x in (probes, data))
+    alive = alive_subcomponents(toy, model, decomposition, probes, metrics["matrices"])
+    _, g = vpd.predict_importances(model, decomposition, data)
     g = {path: x[..., :-1] for path, x in g.items()}
-    drawn, groups, right, on, wanted = {}, collections.defaultdict(set), 0, 0, 0  # groups: {(what for, number): parts}
-    for path, matrix in metrics["matrices"].items():
-        alive = (torch.tensor(matrix["mean_importance"], device=data.device) > vpd.ALIVE).nonzero()[:, 0]
-        probe = on_probes[path].flatten(0, -2)[:, alive]  # (probes, alive)
-        order = probe.argmax(0).add(len(probe) * (probe.amax(0) < 0.1)).argsort(stable=True)
-        alive, probe = alive[order], probe[:, order]
-        parts = in_features(toy, model, path, subcomponents(decomposition, path)[alive])
-        drawn[path] = parts, probe
-        places = [(n, len(alive)) for n in range(len(probe))] + (probe > 0.1).nonzero().tolist()  # none: still a group
-        serves = [("feature", *place) for place in places]  # (what for, number, subcomponent)
-        if path == "identity" or path.endswith("out"):
-            serves = [(path, 0, c) for c in range(len(alive))]
-        if toy.layers:
-            matrix.update(residual_score(path, parts, probe))
-        elif toy.length:
-            true = mechanisms(model)[path].flatten(1).T  # (d_out d_in, n): compared as TMS's columns are
-            scores, best = superposition_score(true, parts.flatten(1)[..., None].expand(-1, -1, true.shape[1]))
-            matrix.update(scores)
-            kind, (sequence, position, mechanism) = needed(data)[path]
-            serves = [(kind, n, c) for n, c in enumerate(best.tolist())]
-            right += int((g[path][..., alive] > 0.1)[sequence, position, best[mechanism]].sum()) if len(alive) else 0
-            on, wanted = on + int((g[path] > 0.1).sum()), wanted + len(sequence)
-        elif path != "identity":
-            weight = in_features(toy, model, path, model.get_submodule(path).weight.detach())
-            matrix.update(superposition_score(weight, parts)[0])
-        for kind, n, c in serves:
-            groups[kind, n].update((path, number) for number in alive[c : c + 1].tolist())
     if toy.length:
-        metrics["importances"] = {"precision": right / max(1, on), "recall": right / max(1, wanted)}
-        g = {path: x.amax(1) for path, x in g.items()}
-    names = [(path, c) for path, x in g.items() for c in range(x.shape[-1])]
-    found = [{names[c] for c in group} for group in vpd.cluster(vpd.side_by_side(g) > 0.01)["groups"]]
-    exact = sum(list(groups.values()).count(group) == 1 for group in found)  # two features with one part are not found
-    metrics["groups"] = {"found": len(found), "true": len(groups), "exact": exact}
-    return drawn
+        true = score_induction(model, data, g, alive, metrics)
+        g = {path: x.amax(1) for path, x in g.items()}  # a group is active anywhere in a sequence
+    elif toy.layers:
+        true = score_residual_mlp(toy, alive, metrics["matrices"])
+    else:
+        true = score_tms(toy, model, alive, metrics["matrices"])
+    score_groups(g, true, metrics["figures"])
+    return alive
 
 # ---- The pictures ---------------------------------------------------------------------------------------------------
-def draw_subcomponents(toy: Toy, model: nn.Module, decomposition, path: str, parts: Tensor, file: Path) -> None:
-    """The target's matrix, the sum of all subcomponents, and each alive one: as arrows (one per feature) in two
-    dimensions, else as colours. Features keep their colour or column."""
-    target = in_features(toy, model, path, model.get_submodule(path).weight.detach())
-    total = in_features(toy, model, path, subcomponents(decomposition, path).sum(0))
-    panels = [("target", target), ("sum of all", total)] + [(f"subcomponent {c}", part) for c, part in enumerate(parts)]
-    shown, across = panels[:62], min(7, len(panels))
-    down = -(-len(shown) // across)
+@torch.no_grad()
+def draw_subcomponents(toy: Toy, model, decomposition: vpd.Decomposition, path: str, alive: Alive, file: Path) -> None:
+    """The target's matrix, the sum of all subcomponents, and each alive one, at most 60: as arrows (one per feature) in
+    two dimensions, else as colours. Features keep their colour or column."""
+    target = in_features(toy, model, path, model.get_submodule(path).weight)
+    total = in_features(toy, model, path, (decomposition.V[path] @ decomposition.U[path]).T)
+    panels = {"target": target, "sum of all": total}
+    panels |= {f"subcomponent {n}": matrix for n, matrix in enumerate(alive.matrices[:60])}
+    limit = 1.1 * target.abs().max().item()
+    across = min(7, len(panels))
+    down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(1.7 * across, 1.8 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False)
-    limit = target.abs().max().item() * 1.1
-    for axis in axes.flat[len(shown) :]:
-        axis.set_axis_off()
-    for axis, (title, matrix) in zip(axes.flat, shown):
-        axis.set(xticks=[], yticks=[])
+    for place, (title, matrix) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(down, across, place, xticks=[], yticks=[])
         axis.set_title(title, size=9)
-        if len(matrix) == 2:
-            for feature, (x, y) in enumerate(matrix.T.tolist()):
-                arrow = {"arrowstyle": "->", "color": f"C{feature % 10}", "lw": 2}
-                if abs(x) + abs(y) > 0.05 * limit:  # else nothing but an arrowhead, which has a size of its own
-                    axis.annotate("", (x, y), (0, 0), arrowprops=arrow)
-            axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-        else:
-            axis.imshow(matrix.cpu(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    more = f" (the first 60 of {len(parts)})" * (len(parts) > 60)
-    figure.suptitle(f"{toy.name}, {path}: one arrow or column per feature{more}", size=10)
-    figure.savefig(file, dpi=110)
-
-def draw_importances(toy: Toy, drawn: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
-    """Causal importances of the alive subcomponents when one feature alone is present; for induction, on a sequence."""
-    across, down = min(4, len(drawn)), -(-len(drawn) // 4)
-    figure = Figure(figsize=(1 + 3 * across, 3.4 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False)
-    rows, probes = ("position", "one sequence") if toy.length else ("the one feature present", "one-hot probes")
-    for axis, (path, (_, probe)) in zip(axes.flat, drawn.items()):
-        image = axis.imshow(probe.cpu(), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axis.set(title=path, xlabel="alive subcomponent", ylabel=rows)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axes, label="causal importance g")
-    figure.suptitle(f"{toy.name}: causal importances on {probes}", size=10)
+        if len(matrix) != 2:
+            axis.imshow(matrix.cpu().numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+            continue
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        for feature, (x, y) in enumerate(matrix.T.tolist()):
+            if abs(x) + abs(y) > 0.05 * limit:  # else nothing but an arrowhead, which has a size of its own
+                axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{feature % 10}", "lw": 2})
+    shown = f"{len(panels) - 2} of {len(alive.numbers)} alive; one arrow or column per feature"
+    figure.suptitle(f"{toy.name}, {path}: {shown}", size=10)
     figure.savefig(file, dpi=110)
 
 def draw_attention(model: nn.Module, decomposition: vpd.Decomposition, ids: Tensor, file: Path) -> None:
@@ -422,53 +458,40 @@ def draw_attention(model: nn.Module, decomposition: vpd.Decomposition, ids: Tens
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     for layer, axis in enumerate(figure.subplots(1, 2)):
         q, k = f"layers.{layer}.q", f"layers.{layer}.k"
-        pattern = model.layers[layer].pattern(inputs[q], inputs[k])[0].detach().cpu()
-        axis.imshow(pattern, cmap="Blues", vmin=0, vmax=1)
-        for path, set_ticks in ((k, axis.set_xticks), (q, axis.set_yticks)):
-            labels = ["BOS" if i == 0 else chr(64 + i) if i <= 26 else str(i) for i in ids[0].tolist()]
+        pattern = model.layers[layer].pattern(inputs[q], inputs[k]).squeeze(0)
+        axis.imshow(pattern.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
+        axis.set(title=f"layer {layer}: attention", xlabel="to (with what is on of k)", ylabel="from (with q)")
+        for path, set_ticks, separator in ((k, axis.set_xticks, "\n"), (q, axis.set_yticks, "  ")):
+            labels = [chr(64 + token) for token in ids.flatten().tolist()]  # A is token 1
+            labels[0] = "BOS"
             for t, c in (g[path][0, :, :-1] > 0.1).nonzero().tolist():
-                labels[t] += ("  " if path == q else "\n") + f"{path[-1]}:{c}"
+                labels[t] += f"{separator}{path[-1]}:{c}"
             set_ticks(range(len(labels)), labels)
-        axis.set(title=f"layer {layer}: attention", xlabel="to (with the parts of k that are on)", ylabel="from (q)")
     figure.savefig(file, dpi=110)
 
 # ---- The command ----------------------------------------------------------------------------------------------------
-def table(metrics: dict) -> str:
-    """What a person wants to see at the end."""
-    lines = ["matrix           C  alive     L0   score against the known mechanisms"]
-    for path, m in metrics["matrices"].items():
-        known = [(k, m[k]) for k in ("true", "mmcs", "ml2r", "features_recovered", "rank", "dense") if k in m]
-        scores = "  ".join(f"{k} {x:.3f}" if isinstance(x, float) else f"{k} {x}" for k, x in known)
-        lines.append(f"{path:12s} {m['C']:5d} {m['alive']:6d} {m['l0']:6.2f}   {scores}")
-    for title in ("divergence", "adversary", "importances", "groups"):
-        if title in metrics:
-            shown = (f"{name} {x:.3g}" if isinstance(x, float) else f"{name} {x}" for name, x in metrics[title].items())
-            lines.append(f"{title + ':':14s}" + "  ".join(shown))
-    return "\n".join(lines)
-
 def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, published: bool) -> dict:
     """Train, decompose, score and draw one toy model; returns what is saved in metrics.json."""
     toy = parse_name(name, published)
-    config = toy.config(seed, without)
     target_steps = 10_000 if published or not toy.layers else 3_000
     model, target_seconds = target_of_run(toy, seed, target_steps, out, device)
     divergence = vpd.kl if toy.length else vpd.mse
-    decomposition = vpd.decompose(model, toy.C(), toy.batch, divergence, config, out)
-    log = (out / "log.jsonl").read_text().splitlines()
-    seconds = {"target": target_seconds, "decomposition": json.loads(log[-1])["seconds"]}  # of all sessions of the run
-    data = torch.Generator().manual_seed(10_000 + seed)
-    data = toy.batch(data, 1_024 if toy.length else 20_000).to(device)  # never trained on
-    figures = vpd.evaluate(model, decomposition, [data], divergence, seed)
-    metrics = {"model": name, "seed": seed, "without": without, "seconds": seconds} | figures
-    drawn = score(toy, model, decomposition, data, metrics)
-    with vpd.replacing(out / "metrics.json") as file:
+    decomposition = vpd.decompose(model, toy.C(), toy.batch, divergence, toy.config(seed, without), out)
+    last = json.loads((out / "log.jsonl").read_text().splitlines().pop())
+    seconds = {"target": target_seconds, "decomposition": last["seconds"]}  # of all sessions of the run
+    data_generator = torch.Generator().manual_seed(10_000 + seed)
+    data = toy.batch(data_generator, 1_024 if toy.length else 20_000).to(device)  # never trained on
+    metrics = {"model": name, "seed": seed, "without": without, "seconds": seconds}
+    metrics |= vpd.evaluate(model, decomposition, [data], divergence, seed)
+    alive = score(toy, model, decomposition, data, metrics)
+    with vpd.atomic_write(out / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=1).encode())
-    for path, (parts, _) in drawn.items() if not toy.length else ():
-        draw_subcomponents(toy, model, decomposition, path, parts, out / f"subcomponents_{path}.png")
-    draw_importances(toy, drawn, out / "importances.png")
+    vpd.draw_run(metrics, out / "log.jsonl", out / "training.png")
     if toy.length:
         draw_attention(model, decomposition, data[:1], out / "attention.png")
-    vpd.draw_run(metrics, out / "log.jsonl", out / "training.png")
+        return metrics
+    for path, of_matrix in alive.items():
+        draw_subcomponents(toy, model, decomposition, path, of_matrix, out / f"subcomponents_{path}.png")
     return metrics
 
 def main() -> None:
@@ -485,13 +508,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # more do not pay for such small matrices, and would change the last digits
     vpd.keep_memory()
-    differs = f"-seed-{options.seed}" * (options.seed != 0) + "".join(f"-without-{loss}" for loss in options.without)
-    out = options.out or Path("runs") / (options.model + differs + "-published" * options.published)
+    differs = [f"-seed-{options.seed}"] if options.seed else []
+    differs += [f"-without-{loss}" for loss in options.without]
+    differs += ["-published"] if options.published else []
+    out = options.out or Path("runs") / "".join([options.model, *differs])
     try:
         metrics = run(options.model, options.seed, out, options.without, options.device, options.published)
     except vpd.BadInput as error:
         sys.exit(f"error: {error}")
-    print(f"{table(metrics)}\npictures and metrics.json are in {out}")
+    print(f"{vpd.table(metrics)}\npictures and metrics.json are in {out}")
 
 if __name__ == "__main__":
     main()

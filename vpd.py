@@ -695,7 +695,7 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
 
 def table(metrics: dict) -> str:
     """What `evaluate` returns, with what was added to it, as text: a line for each figure, then one for each matrix."""
-    lines = [f"{name:40s} {x:10.4g}" for name, x in metrics["figures"].items()]
+    lines = [f"{name:40s} {x:10,}" if isinstance(x, int) else f"{name:40s} {x:10.4g}" for name, x in metrics["figures"].items()]
     columns = {}  # name: width
     for of in metrics["matrices"].values():
         columns |= {name: max(10, len(name) + 2) for name in of if name != "mean_importance"}

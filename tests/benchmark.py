@@ -1,6 +1,6 @@
 """How fast is a training step, how much memory does it take, and where does the time go? Not collected by pytest.
 
-    python tests/benchmark.py                          # the laptop preset and two toys, in two minutes
+    python tests/benchmark.py                          # the laptop preset and two toys, in a minute
     python tests/benchmark.py --threads 1 --json FILE  # the figures, for a program
     python tests/benchmark.py --against FOLDER         # the ratio to another checkout, which counts on a noisy machine
 
@@ -9,194 +9,192 @@ Its importances are shifted so that 1 in 20 is above 0, and stay so, as in a run
 a process of either checkout takes 20 steps in turn, each with its own code and its own presets."""
 
 import argparse
+import dataclasses
+import functools
 import json
-import math
+import os
 import statistics
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+FILE = Path(__file__).resolve()
+sys.path.insert(0, os.environ.get("BENCHMARKED_CODE", str(FILE.parents[1])))
+
+import train_gpt2  # isort: skip  # before torch, because it sets how idle threads wait
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+import toy_models
+import vpd
+
 CASES = ("laptop", "tms_5-2", "resid_mlp1")
 
-
-# --- In the process of a case ---
-
-
-def build(case, C=1, batch=1, layers=1):
-    """The arguments of `vpd.training_step` for a case; C, batch and layers are factors on its own."""
-    import dataclasses
-
-    import toy_models
-    import torch
-    import train_gpt2
-    import vpd
-
-    getattr(vpd, "keep_memory", lambda: None)()  # older checkouts have none
+# ---- In the process of a case ---------------------------------------------------------------------------------------
+def build(case: str) -> tuple:
+    """The arguments of `vpd.training_step` for a case."""
     torch.manual_seed(0)
-    data = torch.Generator().manual_seed(0)
+    data_generator = torch.Generator().manual_seed(0)
     if case in train_gpt2.PRESETS:
-        getattr(train_gpt2, "choose_precision", lambda device: None)("cpu")  # older checkouts have none
         preset = train_gpt2.PRESETS[case]
-        shape = dataclasses.replace(preset.shape, layers=preset.shape.layers * layers)
-        model, config, divergence = train_gpt2.GPT(shape).eval(), preset.config, vpd.kl
-        sizes = {f"h.{i}.{path}": C * number for i in range(shape.layers) for path, number in preset.C.items()}
-        inputs = torch.randint(shape.vocabulary, (batch * preset.batch, shape.context), generator=data)
+        model = train_gpt2.GPT(preset.shape).eval()
+        config = preset.config
+        divergence = vpd.kl
+        C = {}
+        for i in range(preset.shape.layers):
+            C |= {f"h.{i}.{matrix}": number for matrix, number in preset.C.items()}
+        batch = torch.randint(preset.shape.vocabulary, (preset.batch, preset.shape.context), generator=data_generator)
     else:
         toy = toy_models.parse_name(case)
-        model, config, divergence = toy.model().eval(), toy.config(0), vpd.mse
-        sizes, inputs = {path: C * number for path, number in toy.C().items()}, toy.batch(data)
-    config = dataclasses.replace(config, lr=1e-12)  # so that they stay so
-    training = vpd.start(model, sizes, vpd.check(model, sizes, inputs, config), config)
-    G, decomposition = training.decomposition.G, training.decomposition
+        model = toy.model().eval()
+        config = toy.config(0)
+        divergence = vpd.mse
+        C = toy.C()
+        batch = toy.batch(data_generator)
+    config = dataclasses.replace(config, lr=1e-12)  # so that the importances stay as they are shifted
+    if hasattr(vpd, "initialize"):
+        training = vpd.initialize(model, C, batch, config)
+    else:  # an older checkout
+        training = vpd.start(model, C, vpd.check(model, C, batch, config), config)
+    _, inputs = vpd.forward_with_inputs(model, C, batch)
     with torch.no_grad():
-        _, seen = vpd.forward_with_inputs(model, sizes, inputs)
-        z = G(seen, decomposition.U, decomposition.V)
-        z = torch.cat(list(z.values()), -1) if isinstance(z, dict) else z  # older checkouts have a dict
-        (G.read_out.bias if hasattr(G, "read_out") else G.b_out).sub_(z.flatten()[:: 7].quantile(0.95))
-    return model, inputs, divergence, training, config
+        G = training.decomposition.G
+        z = G(inputs, training.decomposition.U, training.decomposition.V).flatten()
+        bias = G.read_out.bias if hasattr(G, "read_out") else G.b_out
+        bias.sub_(z[::7].quantile(0.95))  # of some, because a quantile takes at most 16 million
+    return model, batch, divergence, training, config
 
-
-def worker(case, factors):
+def worker(case: str) -> None:
     """Take as many steps as each line of standard input says; answer with their seconds, as JSON. "look" measures."""
-    import torch
-    import vpd
-
-    arguments = build(case, **factors)
-    step = lambda: vpd.training_step(*arguments)
+    if case in train_gpt2.PRESETS:
+        train_gpt2.choose_precision("cpu")
+    vpd.keep_memory()
+    step = functools.partial(vpd.training_step, *build(case))
     for line in sys.stdin:
-        if line.strip() == "look":
-            answer = look(step)
-        else:
-            answer = []
-            for _ in range(int(line)):
-                began = time.perf_counter()
-                step()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                answer.append(time.perf_counter() - began)
+        question = line.strip()
+        answer = look(step) if question == "look" else timed(step, int(question))
         print(json.dumps(answer), flush=True)
 
+def timed(function, times: int) -> list[float]:
+    """The seconds of each of so many calls."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
-def look(step):
-    """Operations of a step, the rate of a large product, peak bytes, and the share of time of each kind of operation."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-    from torch.utils.flop_counter import FlopCounterMode
-
-    sys.path.append(str(HERE))
-    from test_vpd import PeakMemory
-
+def look(step) -> dict:
+    """Floating-point operations of a step, peak bytes, calls, and the share of time of each kind."""
     with FlopCounterMode(display=False) as counter:
         step()
     with PeakMemory() as memory:
         step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(10):
-            step()
-    rows = [(row.key, row.self_cpu_time_total, row.count) for row in profiler.key_averages()]
-    total = sum(spent for _, spent, _ in rows)
-    shares = {key.removeprefix("aten::"): spent / total for key, spent, _ in sorted(rows, key=lambda row: -row[1])[:12]}
-    x, seconds = torch.randn(1024, 1024), []
-    for _ in range(20):
-        began = time.perf_counter()
-        x @ x
-        seconds.append(time.perf_counter() - began)
-    rate = 2 * 1024**3 / statistics.median(seconds)
-    calls = sum(count for key, _, count in rows if key.startswith("aten::")) / 10
-    return {"operations": counter.get_total_flops(), "rate": rate, "peak_bytes": memory.peak, "calls": calls, "shares": shares}
+        timed(step, 10)
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    shares = {row.key.removeprefix("aten::"): row.self_cpu_time_total / total for row in rows[:12]}
+    calls = sum(row.count for row in rows if row.key.startswith("aten::")) / 10
+    return {"operations": counter.get_total_flops(), "peak_bytes": memory.peak, "calls": calls, "shares": shares}
 
+class PeakMemory(TorchDispatchMode):
+    """Within, the largest sum of the bytes of all tensors that are made there and live at one time."""
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+        self.live = 0
+        self.peak = 0
 
-# --- In the process that asks ---
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.count(x.untyped_storage())
+        return result
 
+    def count(self, storage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, key)
 
+    def forget(self, key) -> None:
+        self.live -= self.sizes.pop(key)
+
+# ---- In the process that asks ---------------------------------------------------------------------------------------
 class Case:
     """A case in a process of its own, with the code of a checkout."""
-
-    def __init__(self, case, threads, folder=HERE.parent, **factors):
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", case, json.dumps(factors)]
-        command += ["--threads", str(threads), "--code", str(folder)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, case: str, threads: int, folder: Path = FILE.parents[1]):
+        command = [sys.executable, FILE, "--threads", str(threads), "--worker", case]
+        code = os.environ | {"BENCHMARKED_CODE": str(folder)}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=code)
         self.ask(5)  # warm-up
 
     def ask(self, what):
         """The answer of `worker` to a line."""
         print(what, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
-        return json.loads(line) if line else sys.exit("error: a process of the benchmark ended; its message is above")
+        if not line:
+            sys.exit("error: a process of the benchmark ended; its message is above")
+        return json.loads(line)
 
-    def end(self):
-        self.process.stdin.close()
-        self.process.wait()
+    def median(self, steps: int) -> float:
+        """The median of the milliseconds of so many steps."""
+        return 1e3 * statistics.median(self.ask(steps))
 
+def measure(name: str, threads: int) -> dict:
+    """The time of a step, and what `look` sees."""
+    case = Case(name, threads)
+    milliseconds = case.median(40)
+    seen = case.ask("look")
+    rate = seen["operations"] / milliseconds / 1e6
+    print(f"{name}, {threads} threads: {milliseconds:.1f} ms a step, peak {seen['peak_bytes'] / 1e6:.0f} MB;")
+    print(f"   {seen['operations'] / 1e9:.2f} GFLOP in {seen['calls']:.0f} calls, {rate:.0f} GFLOP/s")
+    print("   " + "  ".join(f"{key} {share:.0%}" for key, share in seen["shares"].items()))
+    return {"milliseconds": milliseconds, "threads": threads, **seen}
 
-def growth(threads):
-    """Step times of the laptop preset for factors on C, batch and layers, and the exponents with which they grow."""
-    table = {}
-    for what in ("C", "batch", "layers"):
-        seconds = {}
-        for factor in (1, 2, 4):
-            case = Case("laptop", threads, **{what: factor})
-            seconds[factor] = statistics.median(case.ask(15))
-            case.end()
-        exponent = math.log(seconds[4] / seconds[1]) / math.log(4)
-        table[what] = {"seconds": seconds, "exponent": exponent}
-        times = "  ".join(f"x{factor} {1e3 * s:.0f} ms" for factor, s in seconds.items())
-        print(f"laptop, {what}: {times}   time grows as {what}^{exponent:.2f}")
-    return table
-
-
-def compare(case, threads, other, rounds=8):
+def compare(name: str, threads: int, folder: Path, rounds: int = 8) -> dict:
     """The median of the ratios of step times, this checkout to the other, over alternating rounds of 20 steps."""
-    both = Case(case, threads), Case(case, threads, other)
-    times = [[statistics.median(one.ask(20)) for one in both] for _ in range(rounds)]
-    for one in both:
-        one.end()
-    ratios = sorted(mine / its for mine, its in times)
-    mine, its = (1e3 * statistics.median(x) for x in zip(*times))
-    print(f"{case}, {threads} threads: {mine:.1f} ms against {its:.1f} ms; ratio {statistics.median(ratios):.2f} "
-          f"({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    return {"milliseconds": mine, "others_milliseconds": its, "ratio": statistics.median(ratios), "ratios": ratios}
+    this = Case(name, threads)
+    other = Case(name, threads, folder)
+    own = []
+    others = []
+    for _ in range(rounds):
+        own.append(this.median(20))
+        others.append(other.median(20))
+    ratios = sorted(round(x / its, 2) for x, its in zip(own, others))
+    ratio = statistics.median(ratios)
+    mine = statistics.median(own)
+    its = statistics.median(others)
+    print(f"{name}, {threads} threads: {mine:.1f} ms against {its:.1f} ms; ratio {ratio:.2f}, {ratios}")
+    return {"milliseconds": mine, "others_milliseconds": its, "ratio": ratio, "ratios": ratios}
 
-
-def main():
+def main() -> None:
+    """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2, help="of the language model (default: 2); a toy has 1, as it runs")
+    parser.add_argument("--threads", type=int, default=2, help="of the language model (default: 2); a toy has 1")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--code", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        sys.path.insert(0, options.code)
-        import train_gpt2  # before torch: it sets the wait policy  # noqa: F401
-        import torch
-
         torch.set_num_threads(options.threads)
-        return worker(options.worker[0], json.loads(options.worker[1]))
+        return worker(options.worker)
     if options.against and not (options.against / "vpd.py").exists():
         sys.exit(f"error: {options.against} is no checkout: give a folder with vpd.py")
     figures = {}
     for name in CASES:
         threads = options.threads if name == "laptop" else 1
-        if options.against:
-            figures[name] = compare(name, threads, options.against.resolve())
-            continue
-        case = Case(name, threads)
-        seconds, seen = statistics.median(case.ask(40)), case.ask("look")
-        case.end()
-        reached = seen["operations"] / seconds / seen["rate"]
-        figures[name] = {"seconds": seconds, "threads": threads, "share_of_rate": reached, **seen}
-        print(f"{name}, {threads} threads: {1e3 * seconds:.1f} ms a step; {seen['operations'] / 1e9:.2f} GFLOP, at {reached:.0%} "
-              f"of the {seen['rate'] / 1e9:.0f} GFLOP/s of a large product; {seen['calls']:.0f} calls; "
-              f"peak {seen['peak_bytes'] / 1e6:.0f} MB")
-        print("   " + "  ".join(f"{key} {share:.0%}" for key, share in seen["shares"].items()))
-    if not options.against:
-        figures["growth"] = growth(options.threads)
+        figures[name] = compare(name, threads, options.against) if options.against else measure(name, threads)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
-
 
 if __name__ == "__main__":
     main()

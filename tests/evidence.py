@@ -10,108 +10,134 @@
     sizes        half, twice and four times the subcomponents
     attack       20 to 320 steps of the fresh adversary, on the run and on one trained without an adversary
     attention    the pairs of subcomponents that make attention scores
+    edit         a subcomponent is made to write another token, beside a random one
 
-`attention` takes seconds, the others take up to an hour and a half of one thread. A killed command goes on when it is
-repeated.
+`attention` and `edit` take seconds, the others up to an hour and a half of one thread. Repeated, a killed one goes on.
 [VPD] is "Interpreting Language Model Parameters" (2026); its figures are those of another, larger model."""
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import functools
+import itertools
 import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import matplotlib.style
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 import train_gpt2
 import vpd
+from transcoders import attack_transcoders, best_transcoders, judged, latents_as_decomposition, mlps_masked, replaced
+
+matplotlib.style.use("tableau-colorblind10")
 
 # ---- What the claims share ------------------------------------------------------------------------------------------
-
 def batches(run: train_gpt2.Run) -> list[Tensor]:
     """The evaluation set, as everywhere: 16,384 positions of validation text."""
     return train_gpt2.validation_batches(run.ids, run.preset, run.device)
 
+def cached(file: Path, compute):
+    """What compute() returns, from the file if it is there."""
+    if not file.exists():
+        result = compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with vpd.atomic_write(file) as opened:
+            opened.write(json.dumps(result).encode())
+    return json.loads(file.read_text())
+
 def decomposed(run, out: Path, name: str, C: float = 1, **changes) -> tuple[vpd.Decomposition, dict]:
     """A decomposition of the run's target with other settings, and its figures (`vpd.evaluate`). From the folder
     out/name, if it is there. Without changes: that of the run."""
-    decomposition, file = run.decomposition, out / name / "metrics.json"
+    decomposition = run.decomposition
     if changes or C != 1:
         print(name, file=sys.stderr)
         numbers = {path: max(1, round(C * len(u))) for path, u in run.decomposition.U.items()}
         batch = functools.partial(train_gpt2.sample, run.ids, run.preset.shape.context, run.preset.batch, False)
         config = replace(run.preset.config, **changes)
         decomposition = vpd.decompose(run.model, numbers, batch, vpd.kl, config, out / name)
-    if not file.exists():
-        metrics = vpd.evaluate(run.model, decomposition, batches(run), vpd.kl, 0, train_gpt2.cross_entropy)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with vpd.replacing(file) as opened:
-            opened.write(json.dumps(metrics).encode())
-    return decomposition, json.loads(file.read_text())
+    evaluate = functools.partial(vpd.evaluate, run.model, decomposition, batches(run), vpd.kl)
+    return decomposition, cached(out / name / "metrics.json", lambda: evaluate(0, train_gpt2.cross_entropy))
 
-def headline(metrics: dict) -> dict:
+HEADLINE = ["L0", "L0 above 0.1", "alive", "divergence, stochastic", "divergence, rounded at 0"]
+HEADLINE += ["fresh adversary, 80 steps", "loss above target, rounded at 0", "mean of Delta^2"]
+
+def headline(metrics: dict) -> dict[str, float]:
     """The figures that the tables show."""
-    kl, total, ce = metrics["divergence"], metrics["total"], metrics["loss"]
-    figures = {"KL stochastic": kl["stochastic"], "KL rounded": kl["rounded_0"]}
-    figures |= {"adversary": metrics["adversary"]["80"], "CE rounded": ce["rounded_0"] - ce["target"]}
-    figures |= {"L0": total["l0"], "L0 above 0.1": total["l0_above_0.1"]}
-    return figures | {"alive": total["alive"], "delta": metrics["delta"]}
+    return {name: metrics["figures"][name] for name in HEADLINE}
 
-def agreement(one: tuple, other: tuple) -> dict[str, float]:
-    """MMCS of U, V and product between the alive subcomponents of two decompositions, (decomposition, metrics) each."""
-    def alive(decomposition, metrics):
-        kept = {path: torch.tensor(m["mean_importance"]) > vpd.ALIVE for path, m in metrics["matrices"].items()}
-        U, V = decomposition.U, decomposition.V
-        return vpd.Decomposition({path: U[path][mask] for path, mask in kept.items()},
-                                 {path: V[path][:, mask] for path, mask in kept.items()}, None)  # fmt: skip
-    of = vpd.similarity(alive(*one), alive(*other)).values()
-    return {part: torch.cat([x[part] for x in of]).mean().item() for part in ("U", "V", "product")}
+def mean_importances(metrics: dict) -> dict[str, Tensor]:
+    """Of all subcomponents over the evaluation set, {path: (C,)}."""
+    return {path: torch.tensor(matrix["mean_importance"]) for path, matrix in metrics["matrices"].items()}
+
+def alive_only(decomposition: vpd.Decomposition, metrics: dict) -> vpd.Decomposition:
+    """A decomposition without its dead subcomponents, to be compared."""
+    U, V = {}, {}
+    for path, mean in mean_importances(metrics).items():
+        alive = mean > vpd.ALIVE
+        U[path] = decomposition.U[path][alive]
+        V[path] = decomposition.V[path][:, alive]
+    return vpd.Decomposition(U, V, decomposition.G)
+
+def mean_cosines(one: vpd.Decomposition, other: vpd.Decomposition, weights: Tensor | None = None) -> dict[str, float]:
+    """MMCS of U, V and product between two decompositions ([VPD] section 6). weights: of all subcomponents of one."""
+    largest = vpd.similarity(one, other)
+    means = {}
+    for name in ("U", "V", "product"):
+        cosines = torch.cat([of_matrix[name] for of_matrix in largest.values()])
+        share = torch.ones_like(cosines) if weights is None else weights
+        means[name] = ((cosines * share).sum() / share.sum()).item()
+    return means
 
 def table(rows: dict[str, dict]) -> str:
     """{name: {column: number}} as text."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    width, cells = max(map(len, rows)), {c: max(9, len(c)) for c in columns}
-    lines = [" " * width + "".join(f"  {c:>{cells[c]}}" for c in columns)]
+    widths = {}
+    for row in rows.values():
+        widths |= {column: max(9, len(column)) for column in row}
+    longest = max(len(name) for name in rows)
+    lines = [" " * longest + "".join(f"  {column:>{width}s}" for column, width in widths.items())]
     for name, row in rows.items():
-        shown = [f"{row[c]:.3g}" if abs(row.get(c, 1e9)) < 1000 else f"{row.get(c, math.nan):.0f}" for c in columns]
-        lines.append(f"{name:{width}}" + "".join(f"  {x:>{cells[c]}}" for c, x in zip(columns, shown)))
+        cells = [f"{row[column]:{width}.5g}" if column in row else " " * width for column, width in widths.items()]
+        lines.append("  ".join([f"{name:{longest}s}", *cells]))
     return "\n".join(lines)
 
 def axes(*titles: str) -> tuple[Figure, list]:
     """A figure with a panel for each title."""
     figure = Figure(figsize=(5 * len(titles), 4), layout="constrained")
-    panels = figure.subplots(1, len(titles), squeeze=False)[0]
-    for axis, title in zip(panels, titles):
-        axis.set_title(title)
-    return figure, list(panels)
+    panels = [figure.add_subplot(1, len(titles), place, title=title) for place, title in enumerate(titles, 1)]
+    return figure, panels
 
 # ---- The claims: each returns rows for the table, what else belongs in its json, and its figure ---------------------
+LOSSES = ("stochastic", "adversarial", "importance", "frequency", "delta")
 
 def losses(run, out: Path):
     """What is each of the five losses for? (The warm-up on Delta-L2 stays.) Cross-entropy under masks g + (1 - g) r,
     with one r for all subcomponents: a faithful decomposition does not depend on it. [VPD] shows this curve with and
     without the adversary."""
-    without = {"all five": (), "no stochastic": ("stochastic",), "no adversarial": ("adversarial",),
-               "no importance": ("importance",), "no frequency": ("frequency",), "no delta": ("delta",),
-               "no minimality": ("importance", "frequency")}  # fmt: skip
-    rows, curves, grid = {}, {}, [r / 10 for r in range(11)]
+    without = {"all five": ()} | {f"no {loss}": (loss,) for loss in LOSSES}
+    without["no minimality"] = ("importance", "frequency")
+    rows = {}
+    curves = {}
+    grid = [r / 10 for r in range(11)]
     figure, (axis,) = axes("masks g + (1 - g) r: mean of two seeds")
     for name, gone in without.items():
         changes = {f"w_{loss}": 0.0 for loss in gone} | {"steps": run.preset.config.steps // 4}
-        pair = [decomposed(run, out, f"losses {name} {seed}", seed=seed, **changes) for seed in (0, 1)]
-        mean = [headline(metrics) for _, metrics in pair]
-        rows[name] = {key: (mean[0][key] + mean[1][key]) / 2 for key in mean[0]}
-        rows[name] |= {f"MMCS {part}": x for part, x in agreement(*pair).items()}
-        curves[name] = [sum(constant_source(run, x, r) for x, _ in pair) / 2 for r in grid]
+        one, metrics = decomposed(run, out, f"losses {name} 0", seed=0, **changes)
+        other, its_metrics = decomposed(run, out, f"losses {name} 1", seed=1, **changes)
+        its = headline(its_metrics)
+        rows[name] = {column: (number + its[column]) / 2 for column, number in headline(metrics).items()}
+        cosines = mean_cosines(alive_only(one, metrics), alive_only(other, its_metrics))
+        rows[name] |= {f"MMCS {what}": cosine for what, cosine in cosines.items()}
+        curves[name] = [(constant_source(run, one, r) + constant_source(run, other, r)) / 2 for r in grid]
         axis.plot(grid, curves[name], marker="o", markersize=3, label=name)
     axis.set(xlabel="r, the source of every subcomponent", ylabel="cross-entropy above target (nats)")
     axis.legend(fontsize=8)
@@ -123,7 +149,7 @@ def constant_source(run, decomposition: vpd.Decomposition, r: float) -> float:
     above = 0.0
     for batch in batches(run):
         target, g = vpd.predict_importances(run.model, decomposition, batch)
-        masks = {path: F.pad((x + (1 - x) * r)[..., :-1], (0, 1)) for path, x in g.items()}
+        masks = {path: F.pad(x[..., :-1] * (1 - r) + r, (0, 1)) for path, x in g.items()}
         output = vpd.masked_forward(run.model, decomposition.U, decomposition.V, masks, batch)
         above += (train_gpt2.cross_entropy(batch, output) - train_gpt2.cross_entropy(batch, target)).item()
     return above / len(batches(run))
@@ -131,194 +157,92 @@ def constant_source(run, decomposition: vpd.Decomposition, r: float) -> float:
 PRICES = (0.25, 0.5, 1, 2, 4)  # times the preset's
 
 def at_price(run, out: Path, price: float) -> tuple[vpd.Decomposition, dict]:
-    """A decomposition at a multiple of the preset's price, of half the length."""
+    """A decomposition at a multiple of the preset's price, of half the length, and its figures."""
     config = run.preset.config
     changes = {"w_importance": price * config.w_importance, "w_frequency": price * config.w_frequency}
     return decomposed(run, out, f"price {price:g}", steps=config.steps // 2, **changes)
 
 def frontier(run, out: Path):
     """Any single pair of KL and L0 lies on a curve, which the price moves along."""
-    rows = {f"price x {price:g}": headline(at_price(run, out, price)[1]) for price in PRICES}
+    rows = {}
+    for price in PRICES:
+        _, metrics = at_price(run, out, price)
+        rows[f"price x {price:g}"] = headline(metrics)
     figure, (axis,) = axes("five prices, one target")
-    for key in ("KL stochastic", "KL rounded", "adversary"):
+    for key in ("divergence, stochastic", "divergence, rounded at 0", "fresh adversary, 80 steps"):
         axis.plot([row["L0"] for row in rows.values()], [row[key] for row in rows.values()], marker="o", label=key)
     axis.set(xlabel="L0: g > 0 at a position", ylabel="KL from the target (nats)", xscale="log", ylim=0)
     axis.legend(fontsize=8)
     return rows, {}, figure
 
-class Transcoder(nn.Module):
-    """A sparse stand-in for an MLP, (..., width) to the same: of `latents` ReLUs the k largest at a position are on."""
-    def __init__(self, width: int, latents: int, k: int):
-        super().__init__()
-        self.k, self.fired = k, torch.zeros(latents)  # positions since each latent was on
-        self.encode, self.decode = nn.Linear(width, latents), nn.Linear(latents, width)
-        nn.init.normal_(self.decode.weight, std=width**-0.5)
-        self.encode.weight.data.copy_(self.decode.weight.T)
-
-    def forward(self, x: Tensor, sources: Tensor | None = None) -> Tensor:
-        """sources (latents,) in [0, 1]: how much of each latent is added back where it is positive, but not on."""
-        a = F.relu(self.encode(x))
-        on = torch.zeros_like(a).scatter_(-1, a.topk(self.k, -1).indices, 1.0)
-        return self.decode(a * on if sources is None else a * (on + (1 - on) * sources))
-
-def train_transcoder(run, layer: int, latents: int, k: int, lr: float, steps: int, seed: int) -> Transcoder:
-    """Fit a transcoder to the MLP of a layer: mean squared error, Adam, cosine; as many positions as a decomposition
-    sees. Latents that were off for 20,000 positions are helped: the 32 largest of them are fitted to the error."""
-    torch.manual_seed(seed)
-    coder, path = Transcoder(run.model.shape.width, latents, k).to(run.device), f"h.{layer}.mlp"
-    optimizer = torch.optim.Adam(coder.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    data = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        batch = train_gpt2.sample(run.ids, run.preset.shape.context, run.preset.batch, False, data).to(run.device)
-        inputs, outputs = mlp_io(run, path, batch)
-        a = F.relu(coder.encode(inputs))
-        top = a.topk(coder.k, -1)
-        code = torch.zeros_like(a).scatter_(-1, top.indices, top.values)
-        rest = outputs - coder.decode(code)
-        loss = rest.square().mean()
-        coder.fired = torch.where((code > 0).any(0), 0.0, coder.fired + len(a))
-        dead = coder.fired > 20_000
-        if dead.any():
-            helped = F.relu(coder.encode(inputs) * dead).topk(min(32, latents), -1)
-            extra = torch.zeros_like(a).scatter_(-1, helped.indices, helped.values) @ coder.decode.weight.T
-            loss = loss + (rest.detach() - extra).square().mean() / 32
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return coder
-
-@torch.no_grad()
-def mlp_io(run, path: str, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """What an MLP reads and writes at all positions of a batch, (positions, width) each."""
-    seen = []
-    with vpd._hooked(run.model, [path], lambda path, module, args, output: seen.extend((args[0], output))):
-        run.model(batch)
-    return seen[0].flatten(0, 1), seen[1].flatten(0, 1)
-
-def replaced(run, coders: dict[str, Transcoder], batch: Tensor, sources: dict | None = None) -> Tensor:
-    """The model's output with transcoders in place of MLPs, {path: transcoder}."""
-    swap = lambda path, module, args, output: coders[path](args[0], sources and sources[path])
-    with vpd._hooked(run.model, coders, swap):
-        return run.model(batch)
-
-def judged(run, forward, attacked: float) -> dict[str, float]:
-    """KL and cross-entropy above target of forward(batch) on the evaluation set, beside the attacked KL."""
-    kl = ce = 0.0
-    with torch.no_grad():
-        for batch in batches(run):
-            target, output = run.model(batch), forward(batch)
-            kl += vpd.kl(target, output).item() / len(batches(run))
-            above = train_gpt2.cross_entropy(batch, output) - train_gpt2.cross_entropy(batch, target)
-            ce += above.item() / len(batches(run))
-    return {"KL": kl, "CE": ce, "attacked": attacked}
-
-def attack_transcoders(run, coders: dict[str, Transcoder]) -> float:
-    """The largest KL in 80 steps of sign ascent on what is added back of latents that are off, one source each."""
-    generator = torch.Generator().manual_seed(0)
-    sources = {path: torch.rand(len(c.fired), generator=generator).requires_grad_() for path, c in coders.items()}
-    largest, some = 0.0, batches(run)[:8]
-    for _ in range(81):
-        total = sum(vpd.kl(run.model(b).detach(), replaced(run, coders, b, sources)) for b in some) / len(some)
-        largest = max(largest, total.item())
-        for x, gradient in zip(sources.values(), torch.autograd.grad(total, list(sources.values()))):
-            x.data.add_(0.1 * gradient.sign()).clamp_(0, 1)
-    return largest
-
-def mlps_masked(run, decomposition, layers) -> tuple[dict, float]:
-    """The decomposition with only the MLPs of some layers masked, rounded (1 where g > 0, else 0): its figures, and how
-    many subcomponents are on at a position, the mean over these layers. The adversary adds back what is off, and
-    Delta."""
-    paths, on = [f"h.{i}.mlp.{m}" for i in layers for m in ("up", "down")], 0.0
-    def masks(batch, delta):
-        _, g = vpd.predict_importances(run.model, decomposition, batch)
-        rounded = {path: F.pad((x[..., :-1] > 0).float(), (0, 1), value=delta) for path, x in g.items()}
-        return {path: x if path in paths else torch.ones_like(x) for path, x in rounded.items()}
-    forward = lambda b: vpd.masked_forward(run.model, decomposition.U, decomposition.V, masks(b, 0.0), b)
-    with torch.no_grad():
-        cases = [(batch, run.model(batch), masks(batch, 0.0)) for batch in batches(run)[:8]]
-        on = sum(g[path][..., :-1].sum(-1).mean().item() for _, _, g in cases for path in paths)
-    attacked = max(vpd.fresh_adversary(run.model, decomposition, lambda: cases, vpd.kl))
-    return judged(run, forward, attacked), on / len(cases) / len(layers)
-
-RATES, KS = (1e-3, 3e-3, 1e-2), (4, 8, 16, 32, 64)
-
-def best_transcoders(run, out: Path, k: int, steps: int, seed: int = 0) -> list[Transcoder]:
-    """One transcoder for each layer's MLP; its learning rate is the best of RATES on the evaluation set."""
-    coders, (_, metrics) = [], decomposed(run, out, "run")
-    for layer in range(run.model.shape.layers):
-        latents = sum(metrics["matrices"][f"h.{layer}.mlp.{m}"]["alive"] for m in ("up", "down"))
-        k, file = min(k, latents), out / f"transcoder {layer} {k} {steps} {seed}.pt"
-        if not file.exists():
-            found = []
-            for lr in RATES:
-                coder = train_transcoder(run, layer, latents, k, lr, steps, seed)
-                inputs, outputs = (torch.cat(x) for x in zip(*(mlp_io(run, f"h.{layer}.mlp", b) for b in batches(run))))
-                with torch.no_grad():
-                    found.append(((coder(inputs) - outputs).square().mean().item(), lr, coder))
-            error, lr, coder = min(found, key=lambda x: x[0])
-            print(f"transcoder of layer {layer}, k {k}: lr {lr:g}, error {error:.2e}", file=sys.stderr)
-            with vpd.replacing(file) as opened:
-                torch.save(coder.state_dict() | {"fired": coder.fired}, opened)
-        saved = torch.load(file, weights_only=True)
-        (coder := Transcoder(run.model.shape.width, latents, k)).fired = saved.pop("fired")
-        coder.load_state_dict(saved)
-        coders.append(coder.requires_grad_(False))
-    return coders
+KS = (4, 8, 16, 32, 64)  # latents that are on at a position
 
 def transcoders(run, out: Path):
     """What one would do instead: replace each MLP by a sparse transcoder. [VPD]: layer by layer the two are close, but
     the errors of transcoders pile up when all are replaced."""
-    rows, layers = {}, range(run.model.shape.layers)
+    rows = {}
+    layers = range(run.model.shape.layers)
     which = {f"MLP {i}": [i] for i in layers} | {"all": list(layers)}
     for price in PRICES:
         decomposition, _ = at_price(run, out, price)
         for name, chosen in which.items():
-            figures, on = mlps_masked(run, decomposition, chosen)
-            rows[f"subcomponents, price x {price:g}, {name}"] = {"on per MLP": on, **figures}
+            rows[f"subcomponents, price x {price:g}, {name}"] = mlps_masked(run, decomposition, batches(run), chosen)
+    steps = run.preset.config.steps // 2  # as long as the decompositions
+    _, metrics = decomposed(run, out, "run")
     for k in KS:
-        coders = best_transcoders(run, out, k, run.preset.config.steps // 2)  # as long as the decompositions
-        dead = [(coder.fired > 20_000).sum().item() for coder in coders]
+        coders = best_transcoders(run, metrics, batches(run), out, k, steps)
         for name, chosen in which.items():
             used = {f"h.{i}.mlp": coders[i] for i in chosen}
-            figures = judged(run, functools.partial(replaced, run, used), attack_transcoders(run, used))
-            dead_share = sum(dead[i] for i in chosen) / sum(len(coders[i].fired) for i in chosen)
-            rows[f"transcoder, k {k}, {name}"] = {"on per MLP": k, **figures, "dead": dead_share}
+            attacked = attack_transcoders(run, used, batches(run))
+            row = judged(run, batches(run), functools.partial(replaced, run, used), attacked)
+            dead = torch.cat([coder.dead() for coder in used.values()]).float().mean().item()
+            rows[f"transcoder, k {k}, {name}"] = {"on per MLP": k, **row, "dead": dead}
     figure, panels = axes(*which)
     for axis, name in zip(panels, which):
-        for kind, style in (("subcomponents", "o"), ("transcoder", "s")):
+        for kind, marker in (("subcomponents", "o"), ("transcoder", "s")):
             mine = [row for key, row in rows.items() if key.startswith(kind) and key.endswith(name)]
-            for figure_of, line in (("KL", "-"), ("attacked", ":")):
-                label = f"{kind}{', attacked' * (figure_of == 'attacked')}"
-                axis.plot([x["on per MLP"] for x in mine], [x[figure_of] for x in mine], style + line, label=label)
+            on = [row["on per MLP"] for row in mine]
+            axis.plot(on, [row["KL"] for row in mine], f"{marker}-", label=kind)
+            axis.plot(on, [row["attacked"] for row in mine], f"{marker}:", label=f"{kind}, attacked")
         axis.set(xscale="log", yscale="log", xlabel="on at a position, per MLP", ylabel="KL from the target (nats)")
-    panels[0].legend(fontsize=8)
+        axis.legend(fontsize=8)
     return rows, {}, figure
 
+def untrained(run, seed: int) -> vpd.Decomposition:
+    """A decomposition of the run's target before any training."""
+    C = {path: len(u) for path, u in run.decomposition.U.items()}
+    config = replace(run.preset.config, seed=seed)
+    return vpd.initialize(run.model, C, next(iter(batches(run))), config).decomposition
+
 def seeds(run, out: Path):
-    """How much of what one seed finds does another find? [VPD], five seeds: U 0.48, V 0.52, product 0.28; transcoders
-    0.35 to 0.81."""
-    first = run.preset.config.seed
-    found = [decomposed(run, out, "run"), *(decomposed(run, out, f"seed {s}", seed=s) for s in (first + 1, first + 2))]
-    coders = [best_transcoders(run, out, 16, run.preset.config.steps, seed) for seed in range(3)]
+    """How much of what one seed finds does another find? Mean largest cosines of the alive; weighted by mean
+    importance, because the rarely used are the least determined; of all before the training; and of the latents of
+    transcoders. [VPD], five seeds: U 0.48, V 0.52, product 0.28; transcoders 0.35 to 0.81."""
+    seed = run.preset.config.seed
+    steps = run.preset.config.steps
+    decomposition, of_run = decomposed(run, out, "run")
+    others = [decomposed(run, out, f"seed {n}", seed=n) for n in (seed + 1, seed + 2)]
+    alive = []
+    importances = []
+    coders = []
+    for n, (decomposition, metrics) in enumerate([(decomposition, of_run), *others]):
+        alive.append(alive_only(decomposition, metrics))
+        mean = torch.cat(list(mean_importances(metrics).values()))
+        importances.append(mean[mean > vpd.ALIVE])
+        coders.append(latents_as_decomposition(best_transcoders(run, of_run, batches(run), out, 16, steps, n)))
     rows = {}
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        rows[f"subcomponents of seeds {i}, {j}"] = agreement(found[i], found[j])
-        parts = []
-        for one, other in zip(coders[i], coders[j]):  # a latent writes U_c and reads V_c, as a subcomponent does
-            pair = [vpd.Decomposition({"": c.decode.weight.T[alive]}, {"": c.encode.weight.T[:, alive]}, None)
-                    for c in (one, other) for alive in [c.fired <= 20_000]]  # fmt: skip
-            parts.append(vpd.similarity(*pair)[""])
-        rows[f"transcoders of seeds {i}, {j}, k 16"] = {
-            part: torch.cat([x[part] for x in parts]).mean().item() for part in ("U", "V", "product")}  # fmt: skip
+    for i, j in itertools.combinations(range(3), 2):
+        pair = f"seeds {i}, {j}"
+        rows[f"subcomponents, {pair}"] = mean_cosines(alive[i], alive[j])
+        rows[f"weighted, {pair}"] = mean_cosines(alive[i], alive[j], importances[i])
+        rows[f"before training, {pair}"] = mean_cosines(untrained(run, seed + i), untrained(run, seed + j))
+        rows[f"transcoders, {pair}, k 16"] = mean_cosines(coders[i], coders[j])
     figure, (axis,) = axes("mean largest cosine between two seeds")
-    published = {"subcomponents": (0.48, 0.52, 0.28)}
-    for n, kind in enumerate(("subcomponents", "transcoders")):
-        mine = [list(row.values()) for key, row in rows.items() if key.startswith(kind)]
-        axis.bar([x + 0.3 * n for x in range(3)], [sum(x) / len(x) for x in zip(*mine)], 0.28, label=kind)
-    axis.scatter([0, 1, 2], published["subcomponents"], color="black", zorder=3, label="published, subcomponents")
-    axis.set_xticks([x + 0.15 for x in range(3)], ["U (decoder)", "V (encoder)", "product"])
+    for n, kind in enumerate(("subcomponents", "weighted", "before training", "transcoders")):
+        mine = torch.tensor([list(row.values()) for key, row in rows.items() if key.startswith(kind)])
+        axis.bar([x + 0.2 * n for x in range(3)], mine.mean(0).tolist(), 0.18, label=kind)
+    axis.scatter([0, 1, 2], [0.48, 0.52, 0.28], color="black", zorder=3, label="published, subcomponents")
+    axis.set_xticks([x + 0.3 for x in range(3)], ["U (decoder)", "V (encoder)", "product"])
     axis.set(ylim=(0, 1))
     axis.legend(fontsize=8)
     return rows, {}, figure
@@ -326,63 +250,57 @@ def seeds(run, out: Path):
 def sizes(run, out: Path):
     """Are there more subcomponents alive when there is more room? [VPD]: from 0.5 to 4 times, alive stays at 6,500 to
     7,000."""
-    rows = {f"C x {C:g}": headline(decomposed(run, out, f"sizes {C:g}", C)[1]) for C in (0.5, 1, 2, 4)}
-    figure, panels = axes("alive", "L0", "KL, stochastic masks", "KL, fresh adversary")
-    for axis, key in zip(panels, ("alive", "L0", "KL stochastic", "adversary")):
-        found = [row[key] for row in rows.values()]
-        axis.plot([0.5, 1, 2, 4], found, marker="o")
-        axis.set(xscale="log", xlabel="subcomponents, times the preset's", ylim=(0, 1.1 * max(found)))
-        axis.minorticks_off()
-        axis.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    factors = (0.5, 1, 2, 4)
+    rows = {}
+    for C in factors:
+        _, metrics = decomposed(run, out, f"sizes {C:g}", C)
+        rows[f"C x {C:g}"] = headline(metrics)
+    figure, panels = axes("alive", "L0", "divergence, stochastic", "fresh adversary, 80 steps")
+    for axis in panels:
+        heights = [row[axis.get_title()] for row in rows.values()]
+        axis.plot(factors, heights, marker="o")
+        axis.set(xlabel="subcomponents, times the preset's", ylim=(0, 1.1 * max(heights)))
+        axis.set_xscale("log", base=2)
     figure.set_size_inches(13, 3)
     return rows, {}, figure
 
 def attack(run, out: Path):
     """How far does a longer attack get? [VPD], 20, 40, 80, 160, 320 steps: 0.83, 1.35, 3.84, 25, 40; all ablated 67."""
-    which = {"run": decomposed(run, out, "run")[0]}
-    which["no adversary"] = decomposed(run, out, "no adversarial", w_adversarial=0.0)[0]
-    rows, curves, steps = {}, {}, (20, 40, 80, 160, 320)
+    rows = {}
+    curves = {}
+    steps = (20, 40, 80, 160, 320)
     figure, (axis,) = axes("the largest so far, one source per subcomponent")
-    for name, decomposition in which.items():
+    for name, changes in (("run", {}), ("no adversarial", {"w_adversarial": 0.0})):
+        decomposition, _ = decomposed(run, out, name, **changes)
         cases = [(batch, *vpd.predict_importances(run.model, decomposition, batch)) for batch in batches(run)]
+        climb = functools.partial(vpd.fresh_adversary, run.model, decomposition, cases, vpd.kl, steps=320)
         for size in (0.1, 0.02):
-            climb = functools.partial(vpd.fresh_adversary, run.model, decomposition, lambda: cases, vpd.kl)
-            curve = cached(out / f"attack {name} {size:g}.json", lambda: climb(steps=320, size=size))
-            curves[f"{name}, steps of {size:g}"] = curve
-            rows[f"{name}, steps of {size:g}: last"] = {str(n): curve[n] for n in steps}
-            rows[f"{name}, steps of {size:g}: largest"] = vpd.largest_within(curve, steps)
-            so_far = vpd.largest_within(curve, range(1, 321))
-            axis.plot(range(1, 321), so_far.values(), label=f"{name}, steps of {size:g}")
+            curve = cached(out / f"attack {name} {size:g}.json", functools.partial(climb, size=size))
+            label = f"{name}, steps of {size:g}"
+            curves[label] = curve
+            rows[label] = {str(n): curve[n] for n in steps}
+            axis.plot(range(1, 321), curve[1:], label=label)
     axis.plot(steps, [0.83, 1.35, 3.84, 25, 40], "k.", label="published (another model)")
     axis.set(xlabel="steps", ylabel="KL from the target (nats)", xscale="log", yscale="log")
     axis.legend(fontsize=8)
     return rows, {"curves": curves}, figure
 
-def cached(file: Path, compute):
-    """What compute() returns, from the file if it is there."""
-    if not file.exists():
-        result = compute()
-        with vpd.replacing(file) as opened:
-            opened.write(json.dumps(result).encode())
-    return json.loads(file.read_text())
-
 @torch.no_grad()
-def score_parts(model: train_gpt2.GPT, decomposition: vpd.Decomposition, layer: int, ids: Tensor) -> dict[str, Tensor]:
+def score_terms(model: train_gpt2.GPT, decomposition: vpd.Decomposition, layer: int, ids: Tensor) -> dict[str, Tensor]:
     """The attention scores of a layer on ids (1, T), before the causal mask, as a sum over pairs of subcomponents.
     Of head h from position t to t': score = sum_{c,c'} a_q[t, c] static[h, c, c'] a_k[t', c'] + rest[h, t, t'], where
     a = V_c^T x, static = U_qc^h . U_kc'^h / sqrt(d), and rest is what involves a bias or Delta ([VPD] section 8)."""
-    paths, heads = [f"h.{layer}.attn.{m}" for m in "qk"], model.shape.heads
-    _, inputs = vpd.forward_with_inputs(model, paths, ids)
-    a, writes, others = [], [], []
-    for path in paths:
-        x, U, V, linear = inputs[path][0], decomposition.U[path], decomposition.V[path], model.get_submodule(path)
-        a.append(x @ V)  # (T, C)
-        writes.append(U.view(len(U), heads, -1).transpose(0, 1))  # (heads, C, d)
-        others.append((linear(x) - x @ V @ U).view(len(x), heads, -1).transpose(0, 1))  # bias, Delta: (heads, T, d)
-    scale = writes[0].shape[-1] ** -0.5
-    by_parts = [torch.einsum("tc,hcd->htd", *pair) for pair in zip(a, writes)]  # (heads, T, d)
-    rest = by_parts[0] @ others[1].mT + others[0] @ by_parts[1].mT + others[0] @ others[1].mT
-    return {"a_q": a[0], "a_k": a[1], "static": writes[0] @ writes[1].mT * scale, "rest": rest * scale}
+    q, k = f"h.{layer}.attn.q", f"h.{layer}.attn.k"
+    U, V = decomposition.U, decomposition.V
+    _, inputs = vpd.forward_with_inputs(model, [q, k], ids)
+    def by_head(x):  # (n, width) -> (heads, n, d)
+        return x.view(len(x), model.shape.heads, -1).transpose(0, 1)
+    x_q, x_k = inputs[q].squeeze(0), inputs[k].squeeze(0)
+    a_q, a_k = x_q @ V[q], x_k @ V[k]  # (T, C)
+    static = by_head(U[q]) @ by_head(U[k]).mT  # (heads, C_q, C_k)
+    total = by_head(model.get_submodule(q)(x_q)) @ by_head(model.get_submodule(k)(x_k)).mT  # (heads, T, T)
+    scale = (model.shape.heads / model.shape.width) ** 0.5
+    return {"a_q": a_q, "a_k": a_k, "static": static * scale, "rest": (total - a_q @ static @ a_k.mT) * scale}
 
 def centred(scores: Tensor) -> Tensor:
     """Scores (..., T, T) less their mean over the positions up to each, 0 beyond: what the softmax sees of them."""
@@ -392,49 +310,135 @@ def centred(scores: Tensor) -> Tensor:
 def explained(static: Tensor, a_q: Tensor, a_k: Tensor, scores: Tensor) -> Tensor:
     """The share of the variance of a head's scores (T, T), centred, that each pair explains alone, (C_q, C_k).
     static (C_q, C_k), a_q (T, C_q), a_k (T, C_k). 1 - |scores - X|^2 / |scores|^2, X a pair's centred scores."""
-    counts = torch.arange(1, len(scores) + 1, device=scores.device)[:, None]
+    counts = torch.arange(1, len(scores) + 1, device=scores.device).unsqueeze(1)
     spread = a_k.square().cumsum(0) - a_k.cumsum(0).square() / counts  # of a_k over the positions up to each, (T, C_k)
     gain = 2 * static * (a_q.mT @ scores @ a_k) - static.square() * (a_q.square().mT @ spread)  # 2 scores . X - |X|^2
     return gain / scores.square().sum()
+
+def share_in_a_second_head(run, alive: vpd.Decomposition, path: str) -> float:
+    """Of the alive subcomponents of an attention matrix, the share that has over half of its largest norm in a head
+    also in another. o reads from the heads, the others write to them."""
+    in_heads = alive.V[path].T if path.endswith("o") else alive.U[path]
+    norm = in_heads.view(len(in_heads), run.model.shape.heads, -1).norm(dim=-1)
+    large = norm > 0.5 * norm.amax(1, keepdim=True)
+    return (large.sum(1) > 1).float().mean().item()
 
 @torch.no_grad()
 def attention(run, out: Path):
     """Which pairs of subcomponents of q and k make the attention scores of a text? Per head, the share of the variance
     that each of the three best pairs explains alone; per matrix, how many of the alive have over half of their largest
     norm in a second head. The text is the first of the evaluation set; the picture shows the last layer."""
-    rows, ids, shape, kept = {}, batches(run)[0][:1], run.model.shape, train_gpt2.alive(run)
-    figure = Figure(figsize=(13, 2.5 * shape.heads), layout="constrained")
-    grid = figure.subplots(shape.heads, 5, squeeze=False)
-    for layer in range(shape.layers):
+    rows = {}
+    ids = torch.cat(batches(run)).narrow(0, 0, 1)
+    heads = run.model.shape.heads
+    alive = alive_only(run.decomposition, json.loads((run.folder / "metrics.json").read_text()))
+    for layer in range(run.model.shape.layers):
         for path in (f"h.{layer}.attn.{m}" for m in "qkvo"):
-            U, V = run.decomposition.U[path][kept[path]], run.decomposition.V[path].T[kept[path]]
-            by_head, other = (V, U) if path.endswith("o") else (U, V)  # o reads from the heads
-            norm = by_head.view(len(U), shape.heads, -1).norm(dim=-1) * other.norm(dim=-1, keepdim=True)
-            several = (norm > 0.5 * norm.amax(1, keepdim=True)).sum(1) > 1
-            rows[path] = {"in a second head": several.float().mean().item()}
-        parts = score_parts(run.model, run.decomposition, layer, ids)
-        a_q, a_k, static = parts["a_q"], parts["a_k"], parts["static"]
-        scores = centred(torch.einsum("tc,hcd,sd->hts", a_q, static, a_k) + parts["rest"])  # (heads, T, T)
-        for h, true in enumerate(scores):
-            share = explained(static[h], a_q, a_k, true)
-            best = [divmod(i, share.shape[1]) for i in share.flatten().topk(3).indices.tolist()]
-            rows[f"layer {layer}, head {h}"] = {f"pair {n}": share[pair].item() for n, pair in enumerate(best, 1)}
-            pattern = torch.where(torch.ones_like(true).tril() > 0, true, -torch.inf).softmax(-1)
-            panels = [("attention", pattern), ("scores", true)]
-            for c, other in best:
-                outer = static[h, c, other] * torch.outer(a_q[:, c], a_k[:, other])
-                panels.append((f"q:{c} k:{other}", centred(outer)))
-            for axis, (title, matrix) in zip(grid[h], panels):
-                axis.clear()  # the last layer stays
+            rows[path] = {"in a second head": share_in_a_second_head(run, alive, path)}
+        figure = Figure(figsize=(13, 2.5 * heads), layout="constrained")
+        grid = figure.subplots(heads, 5, squeeze=False)
+        terms = score_terms(run.model, run.decomposition, layer, ids)
+        a_q, a_k = terms["a_q"], terms["a_k"]
+        scores = centred(torch.einsum("tc,hcd,sd->hts", a_q, terms["static"], a_k) + terms["rest"])  # (heads, T, T)
+        for h, (true, static) in enumerate(zip(scores, terms["static"])):
+            share = explained(static, a_q, a_k, true)
+            shares, pairs = share.flatten().topk(3)
+            rows[f"layer {layer}, head {h}"] = {f"pair {n}": x for n, x in enumerate(shares.tolist(), 1)}
+            pattern = true.masked_fill(torch.ones_like(true).triu(1) > 0, -torch.inf).softmax(-1)
+            panels = {"attention": pattern, "scores": true}
+            for pair in pairs.tolist():
+                c_q, c_k = divmod(pair, share.shape[1])
+                panels[f"q:{c_q} k:{c_k}"] = centred(static[c_q, c_k] * torch.outer(a_q[:, c_q], a_k[:, c_k]))
+            for axis, (title, matrix) in zip(grid[h], panels.items()):
                 high = matrix.abs().max().item()  # a pair is too faint to be seen on the scale of all
-                style = {"vmin": 0} if title == "attention" else {"vmin": -high, "vmax": high, "cmap": "RdBu_r"}
-                axis.imshow(matrix.numpy(), interpolation="nearest", **style)
+                axis.imshow(matrix.cpu().numpy(), cmap="RdBu_r", vmin=-high, vmax=high, interpolation="nearest")
                 axis.set(title=f"head {h}: {title}", xticks=[], yticks=[])
-    return rows, {"text": ids[0].tolist()}, figure
+    return rows, {"text": ids.flatten().tolist()}, figure
+
+STRENGTHS = (0.5, 1.0, 2.0, 3.0, 5.0)  # in lengths of what the subcomponent wrote
+WRITTEN = "raise"
+
+@contextlib.contextmanager
+def edited(run, path: str, c: int, token: int, strength: float):
+    """Within, subcomponent c writes the direction of `token`, `strength` times as long as U_c, in place of U_c."""
+    U = run.decomposition.U[path][c].detach()
+    V = run.decomposition.V[path][:, c].detach()
+    readout = train_gpt2.readout(run.model)
+    direction = F.normalize(readout[token], dim=0)
+    weight = run.model.get_submodule(path).weight
+    original = weight.detach().clone()
+    try:
+        weight.data += torch.outer(strength * U.norm() * direction - U, V)
+        yield
+    finally:
+        weight.data.copy_(original)
+
+@torch.no_grad()
+def effect(run, path: str, c: int, token: int, strength: float, ids: Tensor, fires: Tensor) -> dict[str, float]:
+    """What an edit does on token ids (N, T). fires: bools (N, T), where c fires. "before", "after": the mean
+    probability of the token there. "KL near", "KL elsewhere": mean KL from the target in nats per position, on the 20
+    tokens either side of such a position, and on all others (0 if there are none)."""
+    values = collections.defaultdict(list)
+    for batch, where in zip(ids.split(8), fires.split(8)):
+        with vpd.precision(run.device, run.decomposition.bf16):
+            plain = run.model(batch).log_softmax(-1)
+        # in a context of its own: autocast keeps its copies of the weights until the end
+        with edited(run, path, c, token, strength), vpd.precision(run.device, run.decomposition.bf16):
+            changed = run.model(batch).log_softmax(-1)
+        near = F.max_pool1d(where.float(), 41, stride=1, padding=20) > 0
+        kl = (plain.exp() * (plain - changed)).sum(-1)
+        values["before"].append(plain[where][:, token].exp())
+        values["after"].append(changed[where][:, token].exp())
+        values["KL near"].append(kl[near])
+        values["KL elsewhere"].append(kl[~near])
+    return {name: torch.cat(x).mean().nan_to_num().item() for name, x in values.items()}
+
+def clearest_at_line_breaks(run, ids: Tensor, g: dict[str, Tensor]) -> tuple[str, int]:
+    """The subcomponent (path, c) that fires most clearly at line breaks, of those that write to the residual stream:
+    where it fires and where line breaks are agree best (both, in the mean of the two numbers). g: {path: (N, T, C)}."""
+    has_break = ["\n" in run.tokenizer.decode([token]) for token in range(run.preset.shape.vocabulary)]
+    breaks = F.embedding(ids, torch.tensor(has_break).unsqueeze(1).to(ids.device))  # (N, T, 1)
+    best = (-1.0, "", 0)
+    for path, x in g.items():
+        if path.endswith(train_gpt2.WRITERS):
+            fires = x > train_gpt2.FIRES
+            agreement = (fires & breaks).sum((0, 1)) / ((fires.sum((0, 1)) + breaks.sum()) / 2)
+            best = max(best, (agreement.max().item(), path, int(agreement.argmax())))
+    _, path, c = best
+    return path, c
+
+def edit(run, out: Path):
+    """Can one edit what a subcomponent does, and nothing else? The one that fires most clearly at line breaks is made
+    to write "raise" (or the commonest token, if the tokenizer does not know it), beside a random one of its matrix."""
+    vpd.reject_if(not run.tokenizer, f"{run.folder} has no tokenizer to know line breaks: make a run on text")
+    ids, g, a = train_gpt2.observe(run)
+    path, c = clearest_at_line_breaks(run, ids, g)
+    encoded = run.tokenizer.encode(WRITTEN).tolist()
+    token = encoded.pop() if len(encoded) == 1 else int(ids.flatten().mode().values)
+    fires = g[path] > train_gpt2.FIRES
+    others = [i for i in fires.any(0).any(0).nonzero().flatten().tolist() if i != c]
+    vpd.reject_if(not others, f"no other subcomponent of {path} fires: there is no control")
+    pick = torch.randint(len(others), (1,), generator=torch.Generator().manual_seed(0))
+    rows = {}
+    figure, (chance, harm) = axes("probability of the token where it fires", "KL from the target (nats)")
+    for i, name in ((c, f"{path}:{c}"), (others[pick], f"{path}:{others[pick]}, at random")):
+        where = fires[..., i]
+        sign = a[path][..., i][where].float().mean().sign().item()
+        for x in STRENGTHS:
+            row = effect(run, path, i, token, sign * x, ids, where)
+            rows[f"{name}, x {x:g}"] = {"fires at": int(where.sum()), **row}
+        mine = [rows[f"{name}, x {x:g}"] for x in STRENGTHS]
+        (line,) = chance.plot(STRENGTHS, [row["after"] for row in mine], marker="o", label=name)
+        chance.axhline(row["before"], linestyle=":", color=line.get_color(), label=f"{name}, not edited")
+        harm.plot(STRENGTHS, [row["KL near"] for row in mine], marker="o", label=f"{name}, within 20 tokens")
+        harm.plot(STRENGTHS, [row["KL elsewhere"] for row in mine], marker="o", label=f"{name}, elsewhere")
+    for axis in (chance, harm):
+        axis.set(xlabel="strength, in lengths of what it wrote")
+        axis.legend(fontsize=8)
+    return rows, {"written": run.tokenizer.decode([token])}, figure
 
 # ---- The command line -----------------------------------------------------------------------------------------------
-
-CLAIMS = {claim.__name__: claim for claim in (losses, frontier, transcoders, seeds, sizes, attack, attention)}
+CLAIMS = {claim.__name__: claim for claim in (losses, frontier, transcoders, seeds, sizes, attack, attention, edit)}
 
 def main() -> None:
     """See the top of this file."""
@@ -443,16 +447,17 @@ def main() -> None:
     parser.add_argument("--from", dest="source", type=Path, required=True, help="the folder of a finished run")
     parser.add_argument("--out", type=Path, help="default: evidence in that folder; for one run alone")
     options = parser.parse_args()
+    claim = CLAIMS[options.claim]
+    out = options.out or options.source / "evidence"
     vpd.keep_memory()
     try:
         run = train_gpt2.load(options.source)
-        (out := options.out or options.source / "evidence").mkdir(parents=True, exist_ok=True)
-        rows, more, figure = CLAIMS[options.claim](run, out)
+        out.mkdir(parents=True, exist_ok=True)
+        rows, more, figure = claim(run, out)
     except vpd.BadInput as error:
         sys.exit(f"error: {error}")
-    claim = CLAIMS[options.claim]
-    with vpd.replacing(out / f"{options.claim}.json") as file:
-        file.write(json.dumps({"claim": claim.__doc__, "rows": rows, **more}, indent=1).encode())
+    content = json.dumps({"claim": claim.__doc__, "rows": rows, **more}, indent=1)
+    train_gpt2.write(out / f"{options.claim}.json", content)
     figure.savefig(out / f"{options.claim}.png", dpi=110)
     print(f"{claim.__doc__}\n\n{table(rows)}\n\n{options.claim}.json and {options.claim}.png are in {out}")
 

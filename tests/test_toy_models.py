@@ -1,7 +1,9 @@
 """Toy models: the score against decompositions whose quality is known, the command, and a short real recovery."""
 
+import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,50 +12,85 @@ from torch import nn
 import toy_models
 import vpd
 
+
 def test_the_score_of_the_true_mechanisms_is_perfect_and_of_others_is_not():
     torch.manual_seed(0)
     columns = torch.randn(3, 5)  # (M, N)
     truth = torch.stack([columns * (torch.arange(5) == j) for j in range(5)])
-    assert toy_models.superposition_score(columns, truth)[0] == pytest.approx({"mmcs": 1.0, "ml2r": 1.0, "true": 5}, rel=1e-5)
+    perfect, best = toy_models.superposition_score(columns, truth.flip(0))
+    assert perfect == pytest.approx({"mmcs": 1.0, "ml2r": 1.0, "true": 5}, rel=1e-5)
+    assert best.tolist() == [4, 3, 2, 1, 0]
     half, _ = toy_models.superposition_score(columns, truth / 2)
     assert half["mmcs"] == pytest.approx(1.0) and half["ml2r"] == pytest.approx(0.5)
     # without the mechanism of one feature, that feature has nothing to match
     missing, _ = toy_models.superposition_score(columns, truth[1:])
     assert missing["mmcs"] == pytest.approx(0.8) and missing["ml2r"] == pytest.approx(0.8)
     # two features a and b in one rank-one subcomponent: the cosine is that with the direction they share
-    u, v = columns[:, 0] + columns[:, 1], torch.tensor([1.0, 1, 0, 0, 0])
+    u = columns[:, 0] + columns[:, 1]
+    v = torch.tensor([1.0, 1, 0, 0, 0])
     shared, _ = toy_models.superposition_score(columns, torch.cat([truth[2:], torch.outer(u, v)[None]]))
-    cosines = [max(0, torch.dot(columns[:, j], u) / columns[:, j].norm() / u.norm()) for j in (0, 1)]  # 0: another's empty column
-    assert shared["mmcs"] == pytest.approx((3 + float(sum(cosines))) / 5, rel=1e-5)
-    assert toy_models.superposition_score(columns, truth[:0])[0]["mmcs"] == 0
+    cosines = [torch.dot(columns[:, j], u) / columns[:, j].norm() / u.norm() for j in (0, 1)]
+    at_least_0 = [max(0.0, float(cosine)) for cosine in cosines]  # 0: the empty column of another
+    assert shared["mmcs"] == pytest.approx((3 + sum(at_least_0)) / 5, rel=1e-5)
+    nothing, _ = toy_models.superposition_score(columns, truth[:0])
+    assert nothing["mmcs"] == 0
 
 
 def test_features_that_the_target_does_not_represent_are_not_scored():
     columns = torch.eye(3, 4)  # the fourth column is zero
-    parts = torch.stack([columns * (torch.arange(4) == j) for j in range(3)])
-    assert toy_models.superposition_score(columns, parts)[0] == pytest.approx({"mmcs": 1.0, "ml2r": 1.0, "true": 3})
+    subcomponents = torch.stack([columns * (torch.arange(4) == j) for j in range(3)])
+    scores, _ = toy_models.superposition_score(columns, subcomponents)
+    assert scores == pytest.approx({"mmcs": 1.0, "ml2r": 1.0, "true": 3})
+
+
+def alive(numbers, on_probes, matrices=None):
+    """`toy_models.Alive` of subcomponents with these numbers and these importances (probes, alive)."""
+    matrices = torch.zeros(len(numbers), 2, 3) if matrices is None else matrices
+    return toy_models.Alive(torch.tensor(numbers), matrices, torch.tensor(on_probes))
+
+
+def residual_score(path, of_matrix):
+    """The scores and the true groups of one matrix of a residual MLP with 4 features."""
+    matrices = {path: {}}
+    toy = toy_models.Toy("", features=4, dimensions=8, layers=1)
+    groups = toy_models.score_residual_mlp(toy, {path: of_matrix}, matrices)
+    return matrices[path], groups
 
 
 def test_a_feature_is_recovered_only_by_one_subcomponent_that_serves_no_other():
-    probe = torch.tensor([[0.9, 0.0, 0.0, 0.0], [0.0, 0.9, 0.5, 0.0], [0.0, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.9]])
-    parts = torch.zeros(4, 2, 3)
-    score = toy_models.residual_score("layers.0.in", parts, probe)
-    assert score == {"features_recovered": 0.25}  # the second has two, the third and the fourth share one
+    on_probes = [[0.9, 0.0, 0.0, 0.0], [0.0, 0.9, 0.5, 0.0], [0.0, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.9]]
+    scores, groups = residual_score("layers.0.in", alive([7, 8, 9, 5], on_probes))
+    assert scores == {"features_recovered": 0.25}  # the second has two, the third and the fourth share one
+    path = "layers.0.in"
+    assert groups == [{(path, 7)}, {(path, 8), (path, 9)}, {(path, 5)}, {(path, 5)}]
 
 
 def test_an_out_matrix_is_scored_by_the_rank_of_the_sum_and_by_how_many_are_on():
     torch.manual_seed(0)
     one = torch.outer(torch.randn(5), torch.randn(4))
     other = torch.outer(torch.randn(5), torch.randn(4))
-    parts = torch.stack([one, 2 * one, other])  # three subcomponents, of rank two together
-    probe = torch.tensor([[0.9, 0.0, 0.0], [0.9, 0.5, 0.0]])  # the third is on for none: it does not count as sparse
-    assert toy_models.residual_score("layers.0.out", parts, probe) == {"rank": 2, "dense": 0.75}
+    matrices = torch.stack([one, 2 * one, other])  # three subcomponents, of rank two together
+    on_probes = [[0.9, 0.0, 0.0], [0.9, 0.5, 0.0]]  # the third is on for none: it does not count as sparse
+    scores, groups = residual_score("layers.0.out", alive([3, 1, 0], on_probes, matrices))
+    assert scores == {"rank": 2, "dense": 0.75}
+    assert groups[-1] == {("layers.0.out", c) for c in (0, 1, 3)}
+
+
+def test_a_group_is_found_only_if_all_its_members_are_and_no_other_feature_has_the_same():
+    jobs = (torch.arange(60)[:, None] % 3 == torch.arange(3)).float()  # (positions, jobs), one job at a time
+    g = {"A": jobs[:, [0, 1, 2]], "B": jobs[:, [0, 1]]}
+    together = [{("A", 0), ("B", 0)}, {("A", 1), ("B", 1)}, {("A", 2)}]
+    for true, exact in ((together, 3), ([*together, {("A", 2)}], 2), ([{("A", 0)}, *together[1:]], 2), ([], 0)):
+        figures = {}
+        toy_models.score_groups(g, true, figures)
+        assert figures == {"groups found": 3, "groups true": len(true), "groups exact": exact}
 
 
 def test_residual_mlp_computes_its_blocks_on_the_residual_stream():
     torch.manual_seed(0)
     toy = toy_models.parse_name("resid_mlp2")
-    model, x = toy.model(), torch.randn(3, toy.features)
+    model = toy.model()
+    x = torch.randn(3, toy.features)
     h = x @ model.embedding
     for layer in model.layers:
         h = h + (h @ layer["in"].weight.T).clamp(min=0) @ layer["out"].weight.T
@@ -64,7 +101,9 @@ def test_residual_mlp_computes_its_blocks_on_the_residual_stream():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_published_residual_mlps_have_the_size_and_density_of_the_paper(layers):
     toy = toy_models.parse_name(f"resid_mlp{layers}", published=True)
-    assert (toy.features, toy.dimensions, toy.neurons * layers, toy.density) == (100, 1000, 50, 0.01)
+    assert (toy.features, toy.dimensions, toy.neurons * layers) == (100, 1000, 50)
+    present = toy.batch(torch.Generator().manual_seed(0), 5_000) != 0
+    assert abs(present.float().mean() - 0.01) < 0.001
 
 
 def test_features_are_present_with_their_density_and_range():
@@ -72,10 +111,14 @@ def test_features_are_present_with_their_density_and_range():
         x = toy_models.parse_name(name).batch(torch.Generator().manual_seed(0), 20_000)
         present = x[x != 0]
         assert abs(len(present) / x.numel() - density) < 0.003
-        assert abs(present.min() - least) < 0.01 and present.max() > 0.99 and abs(present.mean() - (1 + least) / 2) < 0.03
+        assert abs(present.min() - least) < 0.01 and present.max() > 0.99
+        assert abs(present.mean() - (1 + least) / 2) < 0.03
 
 
-@pytest.mark.parametrize("name", ["tms", "tms_5", "tms_2-5", "resid_mlp4", "gpt2", "induction_8", "induction_3-9", "induction_4-5-5"])
+UNKNOWN = ["tms", "tms_5", "tms_2-5", "resid_mlp4", "gpt2", "induction_8", "induction_3-9", "induction_4-5-5"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_model_is_refused_and_those_there_are_listed(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["toy_models.py", name, "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit, match=f"^error: unknown model {name!r}.*tms_N-M") as stopped:
@@ -93,99 +136,173 @@ def test_a_folder_of_another_toy_run_is_refused(tmp_path):
         toy_models.target_of_run(toy, 0, 2, tmp_path, "cpu")
 
 
+@pytest.mark.parametrize("name, last_picture", [("tms_2-1", "subcomponents_WT"), ("induction_2-3", "attention")])
+def test_a_command_writes_metrics_and_pictures_and_repeated_it_trains_nothing_anew(
+    name, last_picture, tmp_path, monkeypatch, capsys
+):
+    config = replace(toy_models.parse_name(name).config(1), steps=3, faithfulness_steps=3)
+    monkeypatch.setattr(toy_models.Toy, "config", lambda toy, seed, without: config)
+    monkeypatch.setattr(toy_models, "train_target", lambda toy, model, seed, steps: None)
+    monkeypatch.setattr(sys, "argv", ["toy_models.py", name, "--seed", "1", "--out", str(tmp_path)])
+    toy_models.main()
+    printed = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["model"], metrics["seed"], metrics["without"]) == (name, 1, [])
+    for figure in ("divergence, unmasked", "groups found", "groups true", "groups exact"):
+        assert f"{metrics['figures'][figure]:.4g}" in printed and figure in printed
+    for picture in ("training", last_picture):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 5_000
+    monkeypatch.delattr(toy_models, "train_target")
+    monkeypatch.delattr(vpd, "training_step")
+    toy_models.main()
+    assert capsys.readouterr().out == printed
+
+
 def test_the_five_mechanisms_of_tms_5_2_are_found():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     toy = toy_models.parse_name("tms_5-2")
-    model, angle = toy.model().eval(), torch.arange(5) * (2 * math.pi / 5)
-    model.W.weight.data = torch.stack([angle.cos(), angle.sin()])  # where its training ends: a regular pentagon ...
-    model.WT.weight.data, model.WT.bias.data = model.W.weight.data.T.clone(), torch.full((5,), -math.cos(2 * math.pi / 5))
-    decomposition = vpd.decompose(model, toy.C(), toy.batch, vpd.mse, toy.config(0))  # ... and a bias that hides neighbours
+    model = toy.model().eval().requires_grad_(False)
+    angle = torch.arange(5) * (2 * math.pi / 5)
+    model.W.weight.copy_(torch.stack([angle.cos(), angle.sin()]))  # where its training ends: a regular pentagon
+    model.WT.weight.copy_(model.W.weight.T)
+    model.WT.bias.fill_(-math.cos(2 * math.pi / 5))  # hides neighbours
+    decomposition = vpd.decompose(model, toy.C(), toy.batch, vpd.mse, toy.config(0))
     data = toy.batch(torch.Generator().manual_seed(1), 4_000)
     metrics = vpd.evaluate(model, decomposition, [data], vpd.mse)
-    drawn = toy_models.score(toy, model, decomposition, data, metrics)
-    assert metrics["groups"] == {"found": 5, "true": 5, "exact": 5}  # of a feature its parts of W and of W^T
+    scored = toy_models.score(toy, model, decomposition, data, metrics)
+    figures = metrics["figures"]
+    for what in ("found", "true", "exact"):
+        assert figures[f"groups {what}"] == 5  # of a feature its subcomponents of W and of W^T
     for path in ("W", "WT"):
         assert metrics["matrices"][path]["alive"] == 5 and metrics["matrices"][path]["mmcs"] > 0.98
-        _, probe = drawn[path]
-        assert torch.equal((probe > 0.5).float()[:, :5], torch.eye(5))  # each feature its own
+        on = scored[path].on_probes > 0.5
+        assert torch.equal(on[:, :5].float(), torch.eye(5))  # each feature its own
+        weight = model.get_submodule(path).weight
+        total = scored[path].matrices.sum(0)
+        torch.testing.assert_close(total, weight if path == "W" else weight.T, rtol=0, atol=0.03)
     # and the maskings are ordered as they must be: nothing ablated best, everything ablated worst
-    d = metrics["divergence"]
-    assert d["unmasked"] < d["stochastic"] < d["g"] < d["ablated"] / 5
+    order = [figures[f"divergence, {masking}"] for masking in ("unmasked", "stochastic", "g as masks", "ablated")]
+    assert order == sorted(order) and order[2] < order[3] / 5
 
 
-# ---- induction: the truth is known in weights and in importances ------------------------------------------------------
+# ---- induction: the truth is known in weights and in importances ---------------------------------------------------
 
 
 def second_places(ids):
-    """(position, first place of its token) of every token that was there before, in one sequence."""
-    return [(t, s) for t in range(len(ids)) for s in range(1, t) if ids[s] == ids[t]]
+    """{position: first place of its token} of every token that was there before, in one sequence."""
+    places = {}
+    for t, token in enumerate(ids):
+        if token in ids[1:t]:
+            places[t] = ids.index(token, 1)
+    return places
 
 
 @pytest.mark.parametrize("name, right", [("induction", 1.0), ("induction_5-9", 1.0), ("induction_16-9-12", 0.9)])
 def test_the_induction_transformer_copies_what_followed_the_last_time_and_else_predicts_nothing(name, right):
     torch.manual_seed(0)
     toy = toy_models.parse_name(name)
-    model, ids = toy.model(), toy.batch(torch.Generator().manual_seed(0), 200)
-    logits, copies = model(ids).detach(), []
-    for sequence, at in zip(ids.tolist(), logits):
-        second = dict(second_places(sequence))
+    model = toy.model()
+    ids = toy.batch(torch.Generator().manual_seed(0), 200)
+    copies = []
+    for sequence, logits in zip(ids.tolist(), model(ids)):
+        second = second_places(sequence)
         assert len(set(second.values())) == len(second)  # no token stands more than twice
-        copies += [int(at[t].argmax()) == sequence[s + 1] for t, s in second.items()]
+        copies += [int(logits[t].argmax()) == sequence[s + 1] for t, s in second.items()]
         for t in set(range(len(sequence))) - set(second):
-            assert right < 1 or at[t].abs().max() < 0.7  # vectors in superposition overlap, and err
+            assert right < 1 or logits[t].abs().max() < 0.7  # vectors in superposition overlap, and err
     assert len(copies) > 100 and sum(copies) / len(copies) >= right
 
 
 def planted(model):
     """A decomposition into the true mechanisms: U {path: (n, d_out)}, V {path: (d_in, n)}, by singular vectors."""
     U, V = {}, {}
-    for path, parts in toy_models.mechanisms(model).items():
-        left, values, right = torch.linalg.svd(parts)
+    for path, true in toy_models.mechanisms(model).items():
+        left, values, right = torch.linalg.svd(true)
         assert (values[:, 1:] < 1e-6).all()  # each is of rank one
-        assert torch.allclose(parts.sum(0), model.get_submodule(path).weight)
-        U[path], V[path] = left[:, :, 0] * values[:, :1], right[:, 0].T
+        assert torch.allclose(true.sum(0), model.get_submodule(path).weight)
+        U[path] = left[:, :, 0] * values[:, :1]
+        V[path] = right[:, 0].T
     return U, V
+
+
+def importances(U, ids):
+    """{path: (B, T, n + 1)}: 1 for every mechanism where it is needed, else 0."""
+    g = {path: torch.zeros(*ids.shape, len(u) + 1) for path, u in U.items()}
+    for path, (_, *place) in toy_models.needed(ids).items():
+        g[path][tuple(place)] = 1.0
+    return g
 
 
 def test_the_mechanisms_of_induction_are_needed_where_it_is_said_and_nowhere_else():
     """Brute force: ablate all that is not needed, and nothing happens; then any one that is, and the copy is lost."""
     toy = toy_models.parse_name("induction")
-    model, ids = toy.model(), toy.batch(torch.Generator().manual_seed(0), 64)
+    model = toy.model()
+    ids = toy.batch(torch.Generator().manual_seed(0), 64)
     U, V = planted(model)
-    masks = {path: torch.zeros(*ids.shape, len(u) + 1) for path, u in U.items()}
-    for path, (_, place) in toy_models.needed(ids).items():
-        masks[path][place] = 1.0
-    with torch.no_grad():
-        target = model(ids).log_softmax(-1)
-        kept = vpd.masked_forward(model, U, V, masks, ids).log_softmax(-1)
-        assert (target.exp() * (target - kept)).sum(-1).max() < 0.05
-        for path, (_, (sequence, position, mechanism)) in toy_models.needed(ids).items():
-            for b, t, n in list(zip(sequence.tolist(), position.tolist(), mechanism.tolist()))[:20]:
-                one_less = {p: m.clone() for p, m in masks.items()}
-                one_less[path][b, t, n] = 0.0
-                lost = vpd.masked_forward(model, U, V, one_less, ids)[b].log_softmax(-1)
-                assert (target[b].exp() * (target[b] - lost)).sum(-1).max() > 0.2, (path, b, t, n)
+    masks = importances(U, ids)
+    target = model(ids).log_softmax(-1)
+
+    def largest_kl(masks):
+        output = vpd.masked_forward(model, U, V, masks, ids).log_softmax(-1)
+        return (target.exp() * (target - output)).sum(-1).amax(1)  # of each sequence
+
+    assert largest_kl(masks).max() < 0.05
+    for path, (_, *place) in toy_models.needed(ids).items():
+        for b, t, n in torch.stack(place, 1)[:20].tolist():
+            one_less = masks | {path: masks[path].clone()}
+            one_less[path][b, t, n] = 0.0
+            assert largest_kl(one_less)[b] > 0.2, (path, b, t, n)
+
+
+def test_precision_and_recall_of_induction_count_what_is_on_and_what_is_needed():
+    toy = toy_models.parse_name("induction_4-5")
+    model = toy.model()
+    ids = toy.batch(torch.Generator().manual_seed(0), 64)
+    U, V = planted(model)
+    g = {path: x[..., :-1] for path, x in importances(U, ids).items()}
+    found = {}
+    for path, u in U.items():
+        matrices = torch.einsum("co,ic->coi", u, V[path])
+        found[path] = toy_models.Alive(torch.arange(len(u)), matrices, g[path][0])
+    needed = sum(int(x.sum()) for x in g.values())
+    places = sum(x.numel() for x in g.values())
+    half = {path: x * (torch.arange(len(ids)) % 2)[:, None, None] for path, x in g.items()}
+    right = sum(int(x.sum()) for x in half.values())
+    everything = {path: torch.ones_like(x) for path, x in g.items()}
+    for on, precision, recall in ((g, 1, 1), (half, 1, right / needed), (everything, needed / places, 1)):
+        metrics = {"figures": {}, "matrices": {path: {} for path in U}}
+        groups = toy_models.score_induction(model, ids, on, found, metrics)
+        assert metrics["figures"]["importances precision"] == pytest.approx(precision)
+        assert metrics["figures"]["importances recall"] == pytest.approx(recall)
+    assert all(matrix["mmcs"] == pytest.approx(1, abs=1e-5) for matrix in metrics["matrices"].values())
+    # 2 positions (a matrix q, k); 4 tokens (0.v, 0.o, 1.q, 1.k); 4 copied tokens (1.v, 1.o)
+    assert sorted(len(group) for group in groups) == [2] * 6 + [4] * 4
 
 
 def test_the_graph_of_the_true_decomposition_is_the_induction_path_and_nothing_else():
     toy = toy_models.parse_name("induction")
-    model, checked = toy.model(), 0
-    true = vpd.Decomposition(*planted(model), nn.Identity())
+    model = toy.model()
+    U, V = planted(model)
+    true = vpd.Decomposition(U, V, nn.Identity())
+    checked = 0
     for ids in toy.batch(torch.Generator().manual_seed(1), 40):
         second = second_places(ids.tolist())
-        if len(second) != 1 or second[0][0] != len(ids) - 1:
+        if list(second) != [len(ids) - 1]:
             continue  # one copy, at the last position
-        (t, s), checked = second[0], checked + 1
+        checked += 1
+        ((t, s),) = second.items()
         token = int(ids[s + 1])
-        g = {path: torch.zeros(1, len(ids), len(u) + 1) for path, u in true.U.items()}
-        for path, (_, place) in toy_models.needed(ids[None]).items():
-            g[path][place] = 1.0
-        outcome = lambda logits: logits[0, -1, token] - logits[0, -1].mean()
+        g = importances(U, ids[None])
+
+        def outcome(logits):
+            return logits[0, -1, token] - logits[0, -1].mean()
+
         graph = vpd.attribution_graph(model, true, g, ids[None], outcome, share=0.005)
         places = [(node["matrix"].removeprefix("layers."), node["position"]) for node in graph["nodes"]]
         edges = {(places[edge["source"]], places[edge["target"]]) for edge in graph["edges"]}
-        o0, o1 = ("0.o", s + 1), ("1.o", t)
+        o0 = ("0.o", s + 1)
+        o1 = ("1.o", t)
         before = {(("0.q", s + 1), o0), (("0.k", s), o0), (("0.v", s), o0), (o0, ("1.k", s + 1))}
         after = {(("1.q", t), o1), (("1.k", s + 1), o1), (("1.v", s + 1), o1), (o1, ("outcome", t))}
         assert edges == before | after

@@ -4,17 +4,21 @@ import collections
 import dataclasses
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import train_gpt2 as gpt
 import vpd
-from test_vpd import PeakMemory
 
 TEXT = "def first(self, x):\n    return self.first(x) + 12\n\n\nclass Näme:\n\tdef second(self): return 'ß' \n" * 40
 
@@ -63,31 +67,62 @@ def logits_by_hand(state, ids, heads):
     return norm(x, "ln_f") @ state["wte.weight"].T
 
 
+def write_safetensors(file, state, dtype):
+    """A .safetensors file, written by hand: float32, or float16 or bfloat16 rounded to zero from its bits."""
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in state.items():
+        bits = x.contiguous().numpy()
+        if dtype == "BF16":
+            bits = (bits.view(np.uint32) >> 16).astype(np.uint16)
+        elif dtype == "F16":
+            bits = bits.astype(np.float16)
+        header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [len(raw), len(raw) + bits.nbytes]}
+        raw += bits.tobytes()
+    header = json.dumps(header).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw)
+
+
+def gpt2_folder(folder, state, dtype="F32", **changes):
+    """A GPT-2's weights and config.json, as downloaded."""
+    folder.mkdir(exist_ok=True)
+    write_safetensors(folder / "model.safetensors", state, dtype)
+    layers = len({name.split(".")[1] for name in state if ".ln_1.bias" in name})
+    config = {"n_layer": layers, "n_head": 2, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("F32", 1e-3), ("F16", 0.02), ("BF16", 0.1)])
 @pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_a_hugging_face_checkpoint_gives_the_logits_of_gpt2_computed_by_hand(prefix, tmp_path):
+def test_a_folder_as_it_is_downloaded_gives_the_logits_of_gpt2_computed_by_hand(prefix, dtype, tolerance, tmp_path):
     state = checkpoint()
     extras = {"lm_head.weight": state["wte.weight"], f"{prefix}h.0.attn.bias": torch.ones(1, 1, 10, 10)}
-    torch.save({prefix + name: x for name, x in state.items()} | extras, tmp_path / "pytorch_model.bin")
-    model = gpt.load_gpt2(tmp_path / "pytorch_model.bin")
-    ids = [3, 1, 4, 1, 5, 9, 2, 6]
-    expected = torch.from_numpy(logits_by_hand(state, ids, heads=2)).float()
-    torch.testing.assert_close(model(torch.tensor([ids]))[0], expected, rtol=1e-3, atol=1e-3)
+    gpt2_folder(tmp_path, {prefix + name: x for name, x in state.items()} | extras, dtype, n_layer=2, n_head=4)
+    logits = gpt.load_gpt2(tmp_path)(torch.tensor([IDS]))[0].detach().numpy()
+    assert abs(logits - logits_by_hand(state, IDS, heads=4)).max() < tolerance
+    assert abs(logits - logits_by_hand(state, IDS, heads=2)).max() > 0.15  # the heads are those of config.json
+    gpt2_folder(tmp_path, state, n_head=4, layer_norm_epsilon=0.5)
+    assert abs(gpt.load_gpt2(tmp_path)(torch.tensor([IDS]))[0].detach().numpy() - logits).max() > 0.1  # read, too
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape", "untied"])
-def test_a_checkpoint_that_is_not_gpt2_is_refused_by_the_name_of_its_tensor(change, tmp_path):
-    state, name = checkpoint(layers=1), "h.0.mlp.c_fc.weight"
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "untied", "activation"])
+def test_a_checkpoint_that_is_not_gpt2_is_refused_by_the_name_of_what_is_wrong(change, tmp_path):
+    state, changes, wrong = checkpoint(layers=1), {}, "h.0.mlp.up.weight"
     if change == "missing":
-        del state[name]
+        del state["h.0.mlp.c_fc.weight"]
     elif change == "extra":
-        state[name := "h.0.mlp.gate.weight"] = torch.zeros(2)
+        state[wrong := "h.0.mlp.gate.weight"] = torch.zeros(2)
     elif change == "untied":  # dropped, it would give other logits than the checkpoint's
-        state[name := "lm_head.weight"] = state["wte.weight"] + 1
+        state[wrong := "lm_head.weight"] = state["wte.weight"] + 1
+    elif change == "activation":
+        wrong, changes = "activation", {"activation_function": "relu"}
     else:
-        state[name] = state[name].T
-    torch.save(state, tmp_path / "model.bin")
-    with pytest.raises(vpd.BadInput, match=name) as refused:
-        gpt.load_gpt2(tmp_path / "model.bin")
+        state["h.0.mlp.c_fc.weight"] = state["h.0.mlp.c_fc.weight"].T
+    with pytest.raises(vpd.BadInput, match=wrong) as refused:
+        gpt.load_gpt2(gpt2_folder(tmp_path, state, **changes))
     assert "\n" not in str(refused.value)
 
 
@@ -174,58 +209,11 @@ def test_half_a_surrogate_pair_and_files_of_another_tokenizer_are_refused_in_one
         gpt.gpt2_tokenizer(tmp_path)
 
 
-def write_safetensors(file, state, kind):
-    """A .safetensors file, written by hand: float32, or float16 or bfloat16 rounded to zero from its bits."""
-    header, raw = {"__metadata__": {"format": "pt"}}, b""
-    for name, x in state.items():
-        bits = x.contiguous().numpy()
-        if kind == "BF16":
-            bits = (bits.view(np.uint32) >> 16).astype(np.uint16)
-        elif kind == "F16":
-            bits = bits.astype(np.float16)
-        header[name] = {"dtype": kind, "shape": list(x.shape), "data_offsets": [len(raw), len(raw) + bits.nbytes]}
-        raw += bits.tobytes()
-    header = json.dumps(header).encode()
-    file.write_bytes(len(header).to_bytes(8, "little") + header + raw)
-
-
-@pytest.mark.parametrize("kind, tolerance", [("F32", 1e-3), ("F16", 0.02), ("BF16", 0.1)])
-def test_a_folder_as_it_is_downloaded_gives_the_logits_of_gpt2_with_its_heads(kind, tolerance, tmp_path):
-    state, ids = checkpoint(), [3, 1, 4, 1, 5, 9, 2, 6]
-    write_safetensors(tmp_path / "model.safetensors", state, kind)
-    (tmp_path / "config.json").write_text(json.dumps({"n_head": 4, "layer_norm_epsilon": 1e-5}))
-    logits = gpt.load_gpt2(tmp_path)(torch.tensor([ids]))[0].detach().numpy()
-    assert abs(logits - logits_by_hand(state, ids, heads=4)).max() < tolerance
-    assert abs(logits - logits_by_hand(state, ids, heads=2)).max() > 0.15  # the heads are those of config.json
-    (tmp_path / "config.json").write_text(json.dumps({"n_head": 4, "layer_norm_epsilon": 0.5}))
-    assert abs(gpt.load_gpt2(tmp_path)(torch.tensor([ids]))[0].detach().numpy() - logits).max() > 0.1  # read, too
-
-
-@pytest.mark.parametrize("data", ["text.txt", "ids.bin"])
-def test_a_gpt2_folder_is_decomposed_and_asked_about_prompts_after_it_is_gone(data, command, tmp_path):
-    folder, out = tmp_path / "gpt2", tmp_path / "run"
-    names = gpt2_files(folder)
-    np.random.default_rng(0).integers(0, len(names), 4000).astype(np.uint16).tofile(tmp_path / "ids.bin")
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')  # as downloaded: of another kind
-    write_safetensors(folder / "model.safetensors", checkpoint(layers=1, width=64, vocabulary=len(names)), "F32")
-    (folder / "config.json").write_text(json.dumps({"n_head": 2}))
-    command("--init-from", folder, "--data", tmp_path / data, "--out", out)
-    metrics = json.loads((out / "metrics.json").read_text())
-    C = [metrics["matrices"][f"h.0.{m}"]["C"] for m in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")]
-    assert C == [43, 43, 85, 85, 256, 299]  # 2/3, 2/3, 4/3, 4/3, 4 and 14/3 of the width, as published
-    assert (out / "tokens.npy").exists() == (data == "text.txt")  # a .bin is not copied
-    shutil.rmtree(folder)
-    command("--out", out, "--circuit", "def main", "--token", " this")
-    circuit = json.loads((out / "circuit.json").read_text())
-    assert [names[i] for i in circuit["ids"]] == ["def", "Ġmain"] and names[circuit["token"]] == "Ġthis"
-
-
 def test_a_bin_takes_the_tokenizer_of_a_gpt2_folder_only_if_the_model_has_as_many_tokens(tmp_path):
-    names, preset = gpt2_files(tmp_path / "gpt2"), gpt.PRESETS["laptop"]
-    np.zeros(4000, np.uint16).tofile(tmp_path / "ids.bin")
+    names = gpt2_files(tmp_path / "gpt2")
+    np.arange(4000, dtype=np.uint16).tofile(tmp_path / "ids.bin")
     for vocabulary, serves in ((len(names), True), (len(names) - 2, False)):
-        small = dataclasses.replace(preset, shape=dataclasses.replace(preset.shape, vocabulary=vocabulary))
-        ids, tokenizer = gpt.corpus(str(tmp_path / "ids.bin"), small, [tmp_path / "run", tmp_path / "gpt2"])
+        ids, tokenizer = gpt.load_corpus(str(tmp_path / "ids.bin"), vocabulary, tmp_path / "gpt2")
         assert len(ids) == 4000 and (tokenizer is not None) == serves
     assert gpt.Tokenizer([], gpt2=True).decode([39, 72, 50256]) == "Hi<50256>"
 
@@ -252,6 +240,10 @@ def test_the_tokenizer_learns_the_merges_of_byte_pair_encoding_done_from_scratch
     assert [t for word in words for t in word] == tokenizer.encode(TEXT).tolist()
 
 
+def test_white_space_before_a_word_is_one_piece_but_for_one_space_that_belongs_to_the_word():
+    assert gpt.PIECES.findall("a b\n\n    c  d __e(3) \t") == ["a", " b", "\n\n    ", "c", "  ", "d", " __", "e", "(", "3", ")", " \t"]
+
+
 def test_validation_windows_never_overlap_training_windows_and_lie_all_over_the_corpus():
     ids, T = np.arange(50_000, dtype=np.uint16), 16
     generator = torch.Generator().manual_seed(0)
@@ -276,183 +268,95 @@ BAD = {
     "empty": ("empty.txt", b"", "is empty"),
     "too short": ("short.txt", b"hello world", "at least 640"),
     "not UTF-8": ("latin.txt", b"na\xefve text" * 1000, "utf-8"),
-    "odd length": ("odd.bin", b"abc", "two bytes each"),
-    "an id outside": ("big.bin", np.array([5, 60_000] * 900, np.uint16).tobytes(), "token id 60000"),
+    "odd length": ("odd.bin", b"abc", "uint16 or uint32"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_data_ends_in_one_line_and_leaves_no_folder(case, tmp_path, monkeypatch):
+def test_bad_data_ends_in_one_line_and_leaves_no_folder(case, command, tmp_path):
     name, content, message = BAD[case]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--data", str(tmp_path / name), "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit, match=message) as stopped:
-        gpt.main()
+        command("--data", tmp_path / name, "--out", tmp_path / "run")
     assert stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code
     assert not (tmp_path / "run").exists()
 
 
-def small_preset():
-    config = vpd.Config(steps=6, warmup_steps=5, G_type="transformer", G_width=32, G_blocks=1, G_heads=2)
+@pytest.mark.parametrize("vocabulary", [4, 200, 50_257, 65_536, 100_000, 262_144])
+def test_a_bin_is_read_as_what_it_is_uint16_or_uint32(vocabulary, tmp_path, capsys):
+    ids = np.random.default_rng(0).integers(0, vocabulary, 5000)
+    for dtype in (np.uint16, np.uint32)[vocabulary > 1 << 16 :]:
+        ids.astype(dtype).tofile(tmp_path / "ids.bin")
+        assert gpt.read_bin(tmp_path / "ids.bin").tolist() == ids.tolist()
+        assert ("is read as uint32" in capsys.readouterr().err) == (dtype is np.uint32)
+
+
+def test_ids_beyond_uint16_are_kept_from_text_to_model(tmp_path, monkeypatch):
+    tokenizer = gpt.Tokenizer([(97, 98)] * 66_000)  # all are the same merge: the last number counts
+    assert tokenizer.encode("ab").tolist() == [256 + 65_999]
+    batch = gpt.sample(np.full(4000, 66_255, np.uint32), 8, 2, False, torch.Generator())
+    assert (batch == 66_255).all()
+
+
+def test_a_bin_of_any_ids_gets_an_embedding_that_holds_them(command, small, tmp_path, capsys):
+    ids = np.random.default_rng(0).integers(0, 50_257, 4000)
+    ids[7] = 50_256
+    ids.astype(np.uint16).tofile(tmp_path / "ids.bin")
+    settings = gpt.SETTINGS | {"data": str(tmp_path / "ids.bin")}
+    opened = gpt.prepare_run(settings, tmp_path / "run", "cpu")
+    assert opened.model.tokens.num_embeddings == 50_304  # 786 * 64
+    assert "an embedding of 50304 tokens" in capsys.readouterr().err
+    gpt.save_target(gpt.GPT(dataclasses.replace(small.shape, vocabulary=50_000)), {"curve": [(0, 1.0)]}, tmp_path / "run")
+    with pytest.raises(SystemExit, match="token id 50256, but the target's vocabulary has 50000"):
+        command("--init-from", tmp_path / "run", "--out", tmp_path / "other")
+
+
+def small_preset(**changes):
+    config = vpd.Config(steps=6, faithfulness_steps=5, G_type="transformer", G_width=32, G_blocks=1, G_heads=2)
     C = {"attn.q": 4, "attn.o": 4, "mlp.up": 6, "mlp.down": 6}
-    return gpt.Preset(gpt.Shape(2, 16, 2, 8, 270), 4, 30, 3e-3, C, config)
+    config = dataclasses.replace(config, **changes)
+    return gpt.Preset(gpt.Shape(2, 16, 2, 8, 270), 4, 30, 3e-3, C, config, checkpoint_seconds=-1)  # after every step
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Runs the command line in this process, with the small preset as `laptop` and a text in text.txt."""
+def small(tmp_path, monkeypatch):
+    """The small preset, as `laptop`, and a text in text.txt."""
     monkeypatch.setitem(gpt.PRESETS, "laptop", small_preset())
-    monkeypatch.setattr(gpt, "EVALUATED", 64)
+    monkeypatch.setattr(gpt, "EVALUATED", 128)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--device", "cpu", *map(str, arguments)])
-        gpt.main()
-
-    return run
+    return small_preset()
 
 
-def test_a_target_interrupted_while_training_ends_bit_identical_to_one_that_was_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt, "EVALUATED", 64)
-    monkeypatch.setattr(gpt, "CHECKPOINT_SECONDS", -1)  # after every step
-    preset, ids = small_preset(), gpt.Tokenizer.learn(TEXT, 270).encode(TEXT)
-
-    def train(folder, steps_until_death=None):
-        folder.mkdir(exist_ok=True)
-        torch.manual_seed(0)
-        draws, sample = iter(range(10_000)), gpt.sample
-
-        def mortal(ids, T, B, validation, generator):
-            if not validation and next(draws) == steps_until_death:
-                raise KeyboardInterrupt
-            return sample(ids, T, B, validation, generator)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(gpt, "sample", mortal)
-            gpt.train_target(gpt.GPT(preset.shape), ids, preset, 0, folder, "cpu")
-
-    train(tmp_path / "whole")
-    for death in (7, 11):
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "killed", death)
-    train(tmp_path / "killed")
-    whole, killed = (torch.load(tmp_path / run / "target.pt", weights_only=True) for run in ("whole", "killed"))
-    assert whole["record"]["curve"] == killed["record"]["curve"]
-    assert all(torch.equal(x, killed["model"][name]) for name, x in whole["model"].items())
-
-
-def test_a_whole_run_in_small_and_what_is_there_is_not_done_again(tmp_path, monkeypatch):
-    small = small_preset()
-    monkeypatch.setitem(gpt.PRESETS, "laptop", small)
-    monkeypatch.setattr(gpt, "EVALUATED", 64)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    settings = {"preset": "laptop", "data": str(tmp_path / "text.txt"), "init_from": "", "seed": 0, "steps": 0, "C": 1}
-    metrics = gpt.evaluate(gpt.open_run(settings, tmp_path, "cpu"))
-    last = json.loads((tmp_path / "decomposition" / "log.jsonl").read_text().splitlines()[-1])
-    for name, of in (("L0", "l0"), ("L0 above 0.1", "l0_above_0.1"), ("alive", "alive")):  # on all 4 validation batches
-        assert last[f"validation {name}"] == pytest.approx(metrics["total"][of])
-    assert last["validation KL rounded at 0"] == pytest.approx(metrics["kl"]["rounded_0"], rel=1e-4)
-    assert metrics["target"]["curve"][-1][1] < metrics["target"]["curve"][0][1]  # it learned
-    assert metrics["total"]["C"] == 2 * 20 and set(metrics["matrices"]) >= {"h.0.attn.q", "h.1.mlp.down"}
-    assert json.loads((tmp_path / "metrics.json").read_text())["kl"] == metrics["kl"]
-
-    # independently: the cross-entropy of the target, and above it of the model with sums of subcomponents as weights
-    ids, _ = gpt.corpus(str(tmp_path / "text.txt"), small, [tmp_path])
-    model = gpt.GPT(small.shape)
-    model.load_state_dict(torch.load(tmp_path / "target.pt", weights_only=True)["model"])
-    batches = gpt.validation_batches(ids, small, "cpu")
-    assert gpt.validation_loss(model, batches) == pytest.approx(metrics["target"]["ce"], rel=1e-5)
-    saved = torch.load(tmp_path / "decomposition" / "checkpoint.pt", weights_only=True)
-    for path, U in saved["U"].items():
-        model.get_submodule(path).weight.data = (saved["V"][path] @ U).T.detach()
-    above = gpt.validation_loss(model, batches) - metrics["target"]["ce"]
-    assert above == pytest.approx(metrics["ce_above_target"]["unmasked"], abs=1e-4)
-
-    def never(*_):
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr(gpt, "train_target", never)
-    monkeypatch.setattr(vpd, "training_step", never)
-    again = gpt.evaluate(gpt.open_run(settings, tmp_path, "cpu"))
-    assert again["kl"] == metrics["kl"]
-
-
-LAPTOP = gpt.PRESETS["laptop"]
-
-
-@pytest.mark.parametrize(
-    "shape, C, batch, changes",
-    [
-        (LAPTOP.shape, LAPTOP.C, 8, {}),
-        (dataclasses.replace(LAPTOP.shape, layers=4, width=128, vocabulary=4096), LAPTOP.C, 4, {"muon": 0.0, "G_width": 256, "G_blocks": 3}),
-        (dataclasses.replace(LAPTOP.shape, context=128), {m: 3 * n for m, n in LAPTOP.C.items()}, 8, {"accumulate": 4, "adversary_steps": 2}),
-    ],
-)
-def test_the_memory_of_a_step_is_within_a_fifth_of_the_formula(shape, C, batch, changes):
-    model, config = gpt.GPT(shape).eval(), dataclasses.replace(LAPTOP.config, **changes)
-    C = {f"h.{i}.{matrix}": number for i in range(shape.layers) for matrix, number in C.items()}
-    ids = torch.randint(shape.vocabulary, (batch, shape.context))
-    with PeakMemory() as memory:
-        training = vpd.start(model, C, vpd.check(model, C, ids, config), config)
-        vpd.training_step(model, ids, vpd.kl, training, config)  # Adam's moments are there from the first step on
-        memory.peak = 0
-        vpd.training_step(model, ids, vpd.kl, training, config)
-    measured = memory.peak + 4 * sum(x.numel() for x in model.parameters())  # the model was there before
-    assert 1e9 * gpt.peak_memory(model, C, ids.numel(), config) == pytest.approx(measured, rel=0.2)
-
-
-def test_a_step_that_does_not_fit_is_refused_before_anything_is_computed_and_a_batch_named_that_fits(tmp_path, command, monkeypatch):
-    preset = gpt.PRESETS["laptop"]
-    C = {f"h.{i}.{matrix}": n for i in range(preset.shape.layers) for matrix, n in preset.C.items()}
-
-    def takes(batch, n):
-        config = dataclasses.replace(preset.config, accumulate=n)
-        return gpt.peak_memory(gpt.GPT(preset.shape), C, batch * preset.shape.context, config)
-
-    B = preset.batch
-    assert B % 2 == 0 and takes(B, 1) > takes(B, 2) > takes(B, B) > takes(B // 2, B // 2)
-    cases = [(takes(B, 2), f"give --batch {B} --accumulate 2"), (takes(B // 2, B // 2), f"give --batch {B // 2} --accumulate {B // 2}"), (0, "give fewer subcomponents with --C")]
-    monkeypatch.setattr(gpt, "corpus", lambda *_: pytest.fail("computed"))
-    for has, advice in cases:
-        monkeypatch.setattr(gpt.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1.001, "SC_PHYS_PAGES": has * 1e9}[name])
-        with pytest.raises(SystemExit, match=f"error: a step takes about .* GB, and cpu has .*: {advice}$"):
-            command("--out", tmp_path / "run")
-        assert not (tmp_path / "run").exists()
+def test_the_evaluation_set_depends_on_the_target_alone(small):
+    ids = np.arange(50_000, dtype=np.uint16)
+    expected = gpt.validation_batches(ids, small, "cpu")
+    assert sum(batch.numel() for batch in expected) == 128
+    for steps, batch in ((1, 4), (100, 1), (6, 64)):
+        changed = dataclasses.replace(small_preset(steps=steps), batch=batch)
+        assert all(map(torch.equal, expected, gpt.validation_batches(ids, changed, "cpu")))
+    some = gpt.validation_batches(ids, small, "cpu", 64)
+    assert len(some) == 1 and some[0].equal(expected[0])
 
 
 def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parameters_in_float32():
-    preset = small_preset()
     torch.manual_seed(0)
-    model = gpt.GPT(preset.shape).eval()
-    C = {f"h.{i}.{kind}": number for i in range(2) for kind, number in preset.C.items()}
-    batch, found = torch.randint(270, (4, 8)), {}
+    model = gpt.GPT(small_preset().shape).eval()
+    C = {f"h.{i}.{matrix}": number for i in range(2) for matrix, number in small_preset().C.items()}
+    batch, values = torch.randint(270, (4, 8)), {}
     for bf16 in (False, True):
-        config = dataclasses.replace(preset.config, bf16=bf16)
-        training = vpd.start(model, C, vpd.check(model, C, batch, config), config)
-        found[bf16] = vpd.training_step(model, batch, vpd.kl, training, config)
+        config = small_preset(bf16=bf16).config
+        training = vpd.initialize(model, C, batch, config)
+        values[bf16] = vpd.training_step(model, batch, vpd.kl, training, config)
         state = [*training.decomposition.U.values(), *training.decomposition.G.parameters()]
         assert all(x.dtype == x.grad.dtype == torch.float32 for x in state)
-    assert found[True]["delta_l2"] == found[False]["delta_l2"]  # never in bfloat16
-    assert found[True]["stochastic"] != found[False]["stochastic"]  # the forward passes are
-    assert found[True] == pytest.approx(found[False], rel=0.1)
+    (delta,) = [name for name in values[True] if name.startswith("delta")]
+    assert values[True][delta] == values[False][delta]  # never in bfloat16
+    assert values[True]["stochastic"] != values[False]["stochastic"]  # the forward passes are
+    assert values[True] == pytest.approx(values[False], rel=0.1)
     with torch.no_grad(), vpd.precision("cpu", True):
         logits = model(batch)
     assert logits.dtype == torch.float32 and not logits.equal(model(batch))  # the products are, the logits are not
-
-
-def test_a_gpu_preset_without_a_gpu_warns_in_one_line_and_runs(command, tmp_path, monkeypatch, capsys):
-    small = small_preset()
-    small = dataclasses.replace(small, config=dataclasses.replace(small.config, bf16=True))
-    monkeypatch.setitem(gpt.PRESETS, "gpu", small)
-    command("--preset", "gpu", "--data", tmp_path / "text.txt", "--out", tmp_path / "run")
-    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert "the preset gpu is for GPUs; on cpu it takes very long" in warning
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["speed"]["tokens_per_second"] * metrics["speed"]["seconds_per_step"] == pytest.approx(4 * 8)
-    command("--out", tmp_path / "run", "--report")  # a run in bfloat16 can be read
-    command("--out", tmp_path / "run", "--circuit", "a text")
-    assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "circuit.png").exists()
 
 
 def test_the_preset_is_laptop_by_default_also_on_a_machine_with_a_gpu(command, tmp_path, monkeypatch):
@@ -465,15 +369,58 @@ def test_the_preset_is_laptop_by_default_also_on_a_machine_with_a_gpu(command, t
 def results(folder):
     """What a run computed, without how long it took."""
     metrics = json.loads((folder / "metrics.json").read_text())
+    for name in ("minutes, target", "minutes, decomposition", "minutes, evaluation", "tokens per second"):
+        assert metrics["figures"].pop(name) > 0
     log = [json.loads(line) for line in (folder / "decomposition" / "log.jsonl").read_text().splitlines()]
-    for x in (metrics, *log):
-        [x.pop(key, None) for key in ("seconds", "speed")]
+    for line in log:
+        del line["seconds"]
     return metrics, log, torch.load(folder / "decomposition" / "checkpoint.pt", weights_only=True)["U"]
 
 
-def test_a_run_killed_in_either_stage_goes_on_with_resume_and_ends_the_same(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt, "CHECKPOINT_SECONDS", -1)  # after every step
-    settings = ("--data", tmp_path / "text.txt", "--seed", "3", "--C", "0.5", "--accumulate", "2")
+def equal(one, other):
+    (metrics, log, U), (its_metrics, its_log, its_U) = results(one), results(other)
+    return metrics == its_metrics and log == its_log and all(x.equal(its_U[path]) for path, x in U.items())
+
+
+def test_a_whole_run_in_small_is_what_its_files_say(command, small, tmp_path, monkeypatch):
+    printed = command("--data", tmp_path / "text.txt", "--out", tmp_path / "run")
+    metrics, log, _ = results(tmp_path / "run")
+    figures = metrics["figures"]
+    assert figures["C"] == 2 * 20 and set(metrics["matrices"]) >= {"h.0.attn.q", "h.1.mlp.down"}
+    assert figures["evaluated positions"] == 128
+    for name in ("L0", "L0 above 0.1", "alive"):  # the log's on all of the evaluation set, too
+        assert log[-1][f"validation {name}"] == pytest.approx(figures[name])
+    assert log[-1]["validation KL rounded at 0"] == pytest.approx(figures["divergence, rounded at 0"], rel=1e-4)
+    assert metrics["curve"][-1][1] < metrics["curve"][0][1]  # it learned
+    for name, x in figures.items():
+        assert f"{name} " in printed and (f"{x:,}" if isinstance(x, int) else f"{x:.4g}") in printed
+    assert metrics["seed"] == 0 and metrics["data"].endswith("text.txt")
+
+    # independently: the cross-entropy of the target, and above it of the model with sums of subcomponents as weights
+    ids, tokenizer = gpt.load_corpus(metrics["data"], 270, tmp_path / "run")
+    model, _ = gpt.load_target(tmp_path / "run")
+    batches = gpt.validation_batches(ids, small, "cpu")
+    ce = gpt.validation_loss(model, batches)
+    assert ce == pytest.approx(figures["loss of the target"], rel=1e-5)
+    text = "".join(tokenizer.decode(row) for batch in batches for row in batch.tolist())
+    bits = ce / math.log(2) * 128 / len(text.encode())
+    assert bits == pytest.approx(figures["bits per byte"], rel=0.01 if "\ufffd" in text else 1e-5)
+    saved = torch.load(tmp_path / "run" / "decomposition" / "checkpoint.pt", weights_only=True)
+    for path, U in saved["U"].items():
+        model.get_submodule(path).weight.data = (saved["V"][path] @ U).T.detach()
+    above = gpt.validation_loss(model, batches) - ce
+    assert above == pytest.approx(figures["loss above target, unmasked"], abs=1e-4)
+
+    # what is there is not done again
+    monkeypatch.setattr(gpt, "open_run", lambda *_: pytest.fail("done again"))
+    assert "loss of the target" in command("--data", tmp_path / "text.txt", "--out", tmp_path / "run")
+
+
+def test_a_run_killed_in_any_stage_goes_on_when_its_command_is_repeated_and_ends_the_same(
+    command, small, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(gpt.PRESETS, "laptop", dataclasses.replace(small, checkpoint_seconds=-1))  # after every step
+    settings = ("--data", tmp_path / "text.txt", "--seed", "3", "--C", "0.5")
     command(*settings, "--out", tmp_path / "whole")
 
     def dies(module, name, after):
@@ -486,48 +433,147 @@ def test_a_run_killed_in_either_stage_goes_on_with_resume_and_ends_the_same(comm
 
         return module, name, mortal
 
-    deaths = [dies(np, "save", 0), dies(gpt, "sample", 20), dies(vpd, "training_step", 3), dies(vpd, "evaluate", 0)]
-    for number, death in enumerate(deaths):
+    for death in (dies(gpt, "sample", 20), dies(vpd, "training_step", 3), dies(vpd, "evaluate", 0)):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(*death)
-            command("--out", tmp_path / "killed", *(("--resume",) if number else settings))
-    with pytest.raises(SystemExit, match="made with another --seed, --C: leave it out"):
-        command("--out", tmp_path / "killed", "--resume", "--seed", "4", "--C", "2", "--preset", "laptop")
-    with pytest.raises(SystemExit, match="made with another --data"):
-        command("--out", tmp_path / "killed", "--resume", "--data", "other.txt")
-    command("--out", tmp_path / "killed", "--resume", "--seed", "3")  # its own setting
-    (metrics, log, U), (whole_metrics, whole_log, whole_U) = results(tmp_path / "killed"), results(tmp_path / "whole")
-    assert metrics == whole_metrics and log == whole_log and all(x.equal(whole_U[path]) for path, x in U.items())
+            command(*settings, "--out", tmp_path / "killed")
+        assert (tmp_path / "killed" / "target_unfinished.pt").exists() == (death[1] == "sample")
+    for name, value in (("--seed", 4), ("--C", 2), ("--steps", 7), ("--data", "other.txt")):
+        with pytest.raises(SystemExit, match=f"made with another {name}: .* choose another --out"):
+            command(*settings, name, value, "--out", tmp_path / "killed")
+    command(*settings, "--out", tmp_path / "killed")
+    assert equal(tmp_path / "killed", tmp_path / "whole")
     with pytest.raises(SystemExit, match="made with another --steps"):
         command("--out", tmp_path / "whole", "--report", "--steps", "7")
+    with pytest.raises(SystemExit, match="holds something else than a run"):
+        command("--out", tmp_path)
 
 
-def test_an_imported_gpt2_is_decomposed_by_command_and_read_after_its_file_is_gone(command, tmp_path):
-    file, data, out = tmp_path / "pytorch_model.bin", tmp_path / "ids.bin", tmp_path / "run"
-    state = checkpoint(layers=1, vocabulary=270)
-    np.random.default_rng(0).integers(0, 270, 4000).astype(np.uint16).tofile(data)
-    torch.save(state | {"lm_head.weight": state["wte.weight"] + 1}, file)
-    with pytest.raises(SystemExit, match="lm_head.weight is not wte.weight"):
-        command("--init-from", file, "--data", data, "--out", out)
-    torch.save(state, file)
-    with pytest.raises(SystemExit, match="needs --data FILE.bin"):
-        command("--init-from", file, "--out", out)
-    assert not out.exists()
-    command("--init-from", file, "--data", data, "--out", out)
+DRIVER = """
+import dataclasses, functools, sys
+import train_gpt2 as gpt, vpd
+from test_train_gpt2 import small_preset
+distributed = gpt.torch.distributed
+distributed.init_process_group = functools.cache(distributed.init_process_group)  # once for three commands
+distributed.destroy_process_group = lambda: None
+
+gpt.EVALUATED = 64
+gpt.PRESETS["laptop"] = dataclasses.replace(small_preset(steps=10), target_steps=5)
+vpd.draw_run = lambda *_: None
+step = vpd.training_step
+
+def mortal(model, batch, divergence, training, config):
+    if training.step == 6:
+        raise KeyboardInterrupt
+    return step(model, batch, divergence, training, config)
+
+data, folder = sys.argv[1:]
+for out, vpd.training_step in (("whole", step), ("killed", mortal), ("killed", step)):
+    sys.argv[1:] = ["--device", "cpu", "--data", data, "--out", f"{folder}/{out}"]
+    try:
+        gpt.main()
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def test_two_processes_of_torchrun_go_on_where_they_were_stopped_and_end_the_same(small, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    here = Path(gpt.__file__).parent
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    paths = {"PYTHONPATH": f"{here}:{here}/tests", "OMP_NUM_THREADS": "1"}
+    arguments = [*launch, tmp_path / "driver.py", tmp_path / "text.txt", tmp_path]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=os.environ | paths)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("loss of the target") == 2  # of two finished runs, each printed by one process
+    made = json.loads((tmp_path / "killed" / "decomposition" / "run.json").read_text())
+    assert made["run"]["number of processes"] == 2
+    assert equal(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_gpt2_folder_is_decomposed_and_asked_about_prompts_after_it_is_gone(command, small, tmp_path):
+    folder, out = tmp_path / "gpt2", tmp_path / "run"
+    names = gpt2_files(folder)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')  # as downloaded: of another kind
+    gpt2_folder(folder, checkpoint(layers=1, width=64, vocabulary=len(names)))
+    command("--init-from", folder, "--data", tmp_path / "text.txt", "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["total"]["C"] == 1621 and "compute_recovered" not in metrics  # one layer; no curve of its training
-    original = gpt.load_gpt2(file)
-    file.unlink()
+    C = [metrics["matrices"][f"h.0.{matrix}"]["C"] for matrix in small.C]
+    assert C == [16, 16, 24, 24]  # of width 64, where the preset has 16: four times as many
+    assert metrics["curve"] == [] and not any("recovered" in name for name in metrics["figures"])
+    original = gpt.load_gpt2(folder)
+    shutil.rmtree(folder)
+    command("--out", out, "--circuit", "def main", "--token", " this")
+    circuit = json.loads((out / "circuit.json").read_text())
+    assert [names[i] for i in circuit["ids"]] == ["def", "Ġmain"] and names[circuit["token"]] == "Ġthis"
+    ids = torch.randint(len(names), (2, 8))
+    assert gpt.load(out).model(ids).equal(original(ids))
+
+
+def test_a_gpt2_without_tokenizer_is_decomposed_on_ids_and_its_page_shows_numbers(command, small, tmp_path):
+    folder, out = gpt2_folder(tmp_path / "gpt2", checkpoint(layers=1, width=64, vocabulary=270)), tmp_path / "run"
+    np.random.default_rng(0).integers(0, 270, 4000).astype(np.uint16).tofile(tmp_path / "ids.bin")
+    with pytest.raises(SystemExit, match="lacks vocab.json and merges.txt"):
+        command("--init-from", folder, "--data", tmp_path / "text.txt", "--out", out)
+    assert not out.exists()
+    command("--init-from", folder, "--data", tmp_path / "ids.bin", "--out", out)
+    assert not (out / "tokens.npy").exists()  # a .bin is not copied
     command("--out", out, "--report")
-    assert '"vocabulary":[" 0"," 1",' in (out / "report.html").read_text()  # without a tokenizer: token ids
-    opened = gpt.open_run(json.loads((out / "settings.json").read_text()), out, "cpu")
-    ids = torch.randint(270, (2, 8))
-    assert opened.model(ids).equal(original(ids))
+    page = (out / "report.html").read_text()
+    shown = set(re.findall("<code>(.*?)</code>", page))
+    assert shown and shown <= {f" {i}" for i in range(270)}
+    with pytest.raises(SystemExit, match="has no tokenizer for prompts"):
+        command("--out", out, "--report", "def")
 
 
-def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(vpd, "processes", lambda: 3)
-    settings = gpt.SETTINGS | {"preset": "laptop"}
-    with pytest.raises(vpd.BadInput, match="batch of 8 does not divide over 3 processes"):
-        gpt.open_run(settings, tmp_path / "run", "cpu")
-    assert not (tmp_path / "run").exists()
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused(small, monkeypatch):
+    monkeypatch.setattr(vpd, "world_size", lambda: 3)
+    with pytest.raises(vpd.BadInput, match="batch of 4 does not divide over 3 processes"):
+        gpt.fit_preset(gpt.SETTINGS, small.shape)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(width, 24), nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Variant(nn.Module):
+    """A gated MLP, RMSNorm, and no positions table."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.tokens = shape, nn.Embedding(shape.vocabulary, shape.width)
+        self.h = nn.ModuleList(nn.Module() for _ in range(shape.layers))
+        for layer in self.h:
+            layer.norms = nn.ModuleList([nn.RMSNorm(shape.width), nn.RMSNorm(shape.width)])
+            layer.attn, layer.mlp = gpt.Attention(shape), GatedMLP(shape.width)
+        self.norm = nn.RMSNorm(shape.width)
+
+    def forward(self, ids):
+        x = self.tokens(ids)
+        for layer in self.h:
+            x = x + layer.attn(layer.norms[0](x))
+            x = x + layer.mlp(layer.norms[1](x))
+        return self.norm(x) @ self.tokens.weight.T
+
+
+def test_another_architecture_runs_and_is_read_when_only_the_class_and_its_names_are_changed(
+    command, small, tmp_path, monkeypatch
+):
+    C = {"attn.q": 4, "attn.k": 4, "attn.v": 4, "attn.o": 4, "mlp.gate": 5, "mlp.up": 5, "mlp.down": 5}
+    monkeypatch.setitem(gpt.PRESETS, "laptop", dataclasses.replace(small, C=C))
+    monkeypatch.setattr(gpt, "GPT", Variant)
+    monkeypatch.setattr(gpt, "EMBEDDINGS", ("tokens",))
+    monkeypatch.setattr(gpt, "readout", lambda model: (model.tokens.weight * model.norm.weight).detach())
+    command("--data", tmp_path / "text.txt", "--out", tmp_path / "run")
+    matrices = json.loads((tmp_path / "run" / "metrics.json").read_text())["matrices"]
+    assert {path: of["C"] for path, of in matrices.items()} == {f"h.{i}.{m}": n for i in (0, 1) for m, n in C.items()}
+    command("--out", tmp_path / "run", "--report", "def first", "--circuit", "def first")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert 'id="h.0.mlp.gate:' in page and 'id="h.1.mlp.down:' in page
+    graph = json.loads((tmp_path / "run" / "circuit.json").read_text())["pruned_graph"]
+    assert graph["edges"] and "positions" not in {node["matrix"] for node in graph["nodes"]}
