@@ -6,7 +6,6 @@
     python train_gpt2.py --init-from runs/laptop --C 2 --out runs/C-2           # decompose the same target differently
     python train_gpt2.py --init-from gpt2 --data my.txt     # decompose a GPT-2 from its folder, as downloaded
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset paper --data pile.bin
-
     python train_gpt2.py --report "def __init__("           # read the finished run: the page of all subcomponents
     python train_gpt2.py --circuit "def __init__(" [--token self]
 
@@ -46,7 +45,6 @@ import vpd
 
 # ---- The model: GPT-2 -----------------------------------------------------------------------------------------------
 # For another architecture change the names that follow, and Shape, GPT and `readout`. Nothing else knows its insides.
-
 # The decomposed matrices of each layer h.0, h.1, ..., and into how many subcomponents each preset decomposes them
 SUBCOMPONENTS = {
     "laptop": {"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
@@ -210,14 +208,13 @@ class Tokenizer:
         return Tokenizer(merges)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids: uint16, or uint32 for more than 65,536 tokens. Every distinct piece is encoded once. Raises
-        BadInput for half a surrogate pair."""
+        """Token ids: uint16, or uint32 if there are more than 65,536. Raises BadInput for half a surrogate pair."""
         if broken := re.search("[\ud800-\udfff]", text):
             raise vpd.BadInput(f"the text holds half a surrogate pair, {ascii(broken[0])}: give valid Unicode")
         pieces = (gpt2_pieces() if self.gpt2 else PIECES).findall(text)
         dtype = np.uint16 if len(self.bytes) <= 1 << 16 else np.uint32
         encoded = {}
-        for piece in vpd.with_progress(set(pieces), "encoding the text"):
+        for piece in vpd.with_progress(set(pieces), "encoding the text"):  # every distinct piece once
             word = [self.token_of_byte[byte] for byte in piece.encode()]
             while len(word) > 1:
                 first = min(zip(word, word[1:]), key=lambda pair: self.merged.get(pair, math.inf))
@@ -229,8 +226,7 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """The text of token ids, with U+FFFD for half a character. An id that no merge has made is shown as <50256>."""
-        known = len(self.bytes)
-        return b"".join(self.bytes[i] if i < known else b"<%d>" % i for i in ids).decode(errors="replace")
+        return b"".join(self.bytes[i] if i < len(self.bytes) else b"<%d>" % i for i in ids).decode(errors="replace")
 
 def gpt2_tokenizer(folder: Path) -> Tokenizer:
     """GPT-2's tokenizer from vocab.json and merges.txt, as downloaded. Raises BadInput if they cannot serve."""
@@ -268,20 +264,16 @@ def read_text(file: Path) -> str:
     return text
 
 def read_bin(file: Path) -> np.ndarray:
-    """Token ids, memory-mapped: uint16, as nanoGPT writes them, or uint32. Raises BadInput if the length is odd.
-
-    In uint32 (little-endian) every second half-word is the high half of an id: 0, or small. Among uint16 ids every
-    second one is as large as the others. So the halves tell which it is; uint32 is announced on stderr."""
+    """Token ids, memory-mapped: uint16, as nanoGPT writes them, or uint32, announced on stderr: there every second half
+    (the high ones) is 0 or small, of uint16 ids as large as the others. Raises BadInput if the length is odd."""
     size = file.stat().st_size if file.is_file() else 0
     vpd.reject_if(size % 2 or not size, f"{file} has {size} bytes: give a file of uint16 or uint32 token ids")
     halves = np.memmap(file, dtype=np.uint16, mode="r")
     some = halves[: 1 << 24]
     wide = size % 4 == 0 and 16 * int(some[1::2].max()) < int(some[::2].max())
-    if not wide:
-        return halves
-    if vpd.rank() == 0:
+    if wide and vpd.rank() == 0:
         print(f"{file} is read as uint32: every second half-word is small", file=sys.stderr)
-    return np.memmap(file, dtype=np.uint32, mode="r")
+    return halves.view(np.uint32) if wide else halves
 
 @functools.cache
 def windows(tokens: int, T: int, validation: bool) -> tuple[np.ndarray, int]:
@@ -310,7 +302,6 @@ class Preset:
     target_lr: float
     C: dict[str, int]  # subcomponents of each of these matrices, in every layer
     config: vpd.Config
-    checkpoint_seconds: float = 60  # what a kill of the decomposition costs at most
 
 COMMON = {"lr_final": 0.1, "p_end": 0.4, "G_type": "transformer"}  # as published
 PRESETS = {
@@ -332,11 +323,11 @@ PRESETS = {
         target_steps=100_000, target_lr=6e-4, C=SUBCOMPONENTS["paper"],
         config=vpd.Config(steps=400_000, lr=5e-5, muon=0, beta2=0.999, clip_G=math.inf, w_importance=2e-4,
                           w_frequency=1e-4, w_delta=1e7, G_width=2048, G_blocks=8, G_heads=16, G_activations=False,
-                          bf16=True, **COMMON),
-        checkpoint_seconds=300)}  # fmt: skip
+                          bf16=True, **COMMON))}  # fmt: skip
 EVALUATED = 16_384  # positions of validation text
 SOME = 2048  # the first of them, for quick looks
 WINDOWS = 8  # in a batch of validation text
+CHECKPOINT_SECONDS = 60  # what a kill costs at most
 
 def validation_batches(ids: np.ndarray, preset: Preset, device: str, positions: float = math.inf) -> list[Tensor]:
     """The evaluation set, or its first positions, for the target's curve and all its decompositions: (WINDOWS, T) each.
@@ -356,20 +347,24 @@ def validation_loss(model: GPT, batches: list[Tensor], bf16: bool = False) -> fl
     with vpd.precision(batches[0].device, bf16):
         return sum(cross_entropy(batch, model(batch)).item() for batch in batches) / len(batches)
 
-def load_target(place: Path) -> tuple[GPT | None, dict | None]:
-    """The model that a run or a GPT-2's folder has, on the CPU, and the record of its training, if it was trained here;
-    None if there is none. Raises BadInput if the file is damaged; see `load_gpt2`."""
-    file = place / "target.pt"
-    if not file.exists():
-        elsewhere = (place / "config.json").exists()
-        return (load_gpt2(place), {"curve": [], "seconds": 0.0}) if elsewhere else (None, None)
+def load_target(place: Path | None) -> tuple[GPT | None, dict | None]:
+    """The model that the folder of a run or of a GPT-2 holds, on the CPU, and the record of its training; None twice if
+    there is none. Raises BadInput if a file is damaged or of another model; see `read_gpt2`."""
+    if place and (place / "target.pt").exists():
+        try:
+            saved = torch.load(place / "target.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises almost anything on a file that is not its own
+            raise vpd.BadInput(f"{place}/target.pt is damaged ({type(error).__name__}): delete it, repeat the command")
+    elif place and (place / "config.json").exists():
+        saved = read_gpt2(place)
+    else:
+        return None, None
+    model = GPT(Shape(**saved["shape"]))
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        model = GPT(Shape(**saved["shape"]))
         model.load_state_dict(saved["model"])
-        return model, saved["record"]
-    except Exception as error:  # torch.load raises almost anything on a file that is not its own
-        raise vpd.BadInput(f"{file} is damaged ({type(error).__name__}): delete it, and repeat the command") from error
+    except RuntimeError as error:  # its second line names the first tensor that is wrong
+        raise vpd.BadInput(f"{place} holds another model: {str(error).splitlines()[1].strip()[:200]}") from None
+    return model, saved["record"]
 
 def write(file: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
@@ -426,7 +421,7 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
             line = f"target: step {step}/{steps}  validation loss {ce:.3f}  {left:.0f} s left"
             if vpd.rank() == 0:
                 vpd.progress(line, step == steps or step % max(1, steps // 5) == 0)
-        if vpd.rank() == 0 and record["seconds"] - saved > preset.checkpoint_seconds:
+        if vpd.rank() == 0 and record["seconds"] - saved > CHECKPOINT_SECONDS:
             saved = record["seconds"]
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "record": record}
             with vpd.atomic_write(unfinished) as file:
@@ -453,17 +448,16 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
             tensors[name] = raw.reshape(entry["shape"]).float()
     return tensors
 
-def load_gpt2(folder: Path) -> GPT:
-    """A GPT-2 of any size from its folder as downloaded (config.json, model.safetensors), in eval mode, on the CPU.
-    Raises BadInput, naming the tensor, if one is missing, too many or of a wrong shape; if the unembedding is not the
-    embedding; or if config.json says that it computes something else."""
+def read_gpt2(folder: Path) -> dict:
+    """A GPT-2 of any size, as `save_target` saves a target: {"shape": sizes, "model": {name in
+    `GPT`: weights}, "record"}. Raises BadInput if it cannot be read, or if it is no GPT-2 as published."""
     try:
         config = json.loads((folder / "config.json").read_text())
         given = read_safetensors(folder / "model.safetensors")
         given = {name.removeprefix("transformer."): x for name, x in given.items()}
         vocabulary, width = given["wte.weight"].shape
-        context = len(given["wpe.weight"])
-        shape = Shape(config["n_layer"], width, config["n_head"], context, vocabulary, config["layer_norm_epsilon"])
+        shape = {"layers": config["n_layer"], "width": width, "heads": config["n_head"], "vocabulary": vocabulary,
+                 "context": len(given["wpe.weight"]), "epsilon": config["layer_norm_epsilon"]}  # fmt: skip
         of_gpt2 = config["activation_function"] in ("gelu_new", "gelu_pytorch_tanh")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -485,12 +479,7 @@ def load_gpt2(folder: Path) -> GPT:
                 state[name.replace("c_attn", matrix)] = third
         else:
             state[name] = x
-    model = GPT(shape)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:  # its second line names the first tensor that is wrong
-        raise vpd.BadInput(f"{folder} does not fit: {str(error).splitlines()[1].strip()[:200]}") from None
-    return model.eval()
+    return {"shape": shape, "model": state, "record": {"curve": [], "seconds": 0.0}}  # trained elsewhere
 
 # ---- A run: the target, its decomposition (stage 2 is vpd.decompose), and what they leave in a folder ---------------
 # Of a run, by default: the standard library, a target of its own, the preset's steps and batch; C is a factor.
@@ -510,9 +499,8 @@ class Run:
     device: str
 
 def load_corpus(data: str, vocabulary: int, place: Path | None) -> tuple[np.ndarray, Tokenizer | None]:
-    """Token ids (tokens,) and their tokenizer, as a run's or a GPT-2's folder has them, or else from the data: a text
-    that is encoded, or a .bin, which has a tokenizer only if the folder has one. Raises BadInput: see `read_text`,
-    `read_bin`, `gpt2_tokenizer`."""
+    """Token ids (tokens,) and their tokenizer, from the folder of a run or a GPT-2, or else from the data: a text that
+    is encoded, or a .bin, which has a tokenizer only if the folder has one. Raises BadInput: see the readers."""
     tokenizer = None
     if place and (place / "vocab.json").exists():  # a GPT-2, whose tokenizer.json is of another kind
         tokenizer = gpt2_tokenizer(place)
@@ -530,26 +518,16 @@ def load_corpus(data: str, vocabulary: int, place: Path | None) -> tuple[np.ndar
         tokenizer = Tokenizer.learn(text, vocabulary)
     return tokenizer.encode(text), tokenizer
 
-def new_target(settings: dict, ids: np.ndarray) -> GPT:
-    """A target that is still to be trained. A .bin may hold any ids: the embedding is as large as they demand."""
-    shape = PRESETS[settings["preset"]].shape
-    if settings["data"].endswith(".bin"):
-        shape = replace(shape, vocabulary=64 * (int(ids.max()) // 64 + 1))
-        if vpd.rank() == 0:
-            print(f"the ids demand an embedding of {shape.vocabulary} tokens", file=sys.stderr)
-    torch.manual_seed(settings["seed"])
-    return GPT(shape)
-
 def fit_preset(settings: dict, shape: Shape) -> Preset:
     """The preset with the settings of the run, for a target of this shape: C and the width of G in proportion to its
     width, the depth of G to its depth. Raises BadInput if the batch does not divide over the processes."""
     preset = PRESETS[settings["preset"]]
+    config = preset.config
     batch = settings["batch"] or preset.batch
     n = vpd.world_size()
     vpd.reject_if(batch % n, f"a batch of {batch} does not divide over {n} processes: choose another number")
     wider = shape.width / preset.shape.width  # 1, but for a GPT-2
     deeper = shape.layers / preset.shape.layers
-    config = preset.config
     steps = settings["steps"] or config.steps
     unit = 2 * config.G_heads  # the width of G must be a multiple of it
     config = replace(config, seed=settings["seed"], steps=steps,
@@ -566,8 +544,7 @@ def save_inputs(run: Run) -> None:
     if run.record:  # --init-from brought the target
         save_target(run.model, run.record, run.folder)
     if run.tokenizer:
-        tokenizer = {"merges": run.tokenizer.merges, "gpt2": run.tokenizer.gpt2}
-        write(run.folder / "tokenizer.json", json.dumps(tokenizer))
+        write(run.folder / "tokenizer.json", json.dumps({"merges": run.tokenizer.merges, "gpt2": run.tokenizer.gpt2}))
     if not run.settings["data"].endswith(".bin"):
         with vpd.atomic_write(run.folder / "tokens.npy") as file:
             np.save(file, run.ids)
@@ -576,18 +553,21 @@ def save_inputs(run: Run) -> None:
 def prepare_run(settings: dict, folder: Path, device: str) -> Run:
     """A run before its stages: what its folder holds is loaded, or else what --init-from holds, or made anew. Raises
     BadInput, and leaves no folder behind, if the settings cannot serve."""
-    place = Path(settings["init_from"]) if settings["init_from"] else None
-    if (folder / "settings.json").exists():
-        place = folder
-    model, record = load_target(place) if place else (None, None)
-    vocabulary = model.shape.vocabulary if model else PRESETS[settings["preset"]].shape.vocabulary
-    ids, tokenizer = load_corpus(settings["data"], vocabulary, place)
-    if not model:
-        model = new_target(settings, ids)
-    elif settings["data"].endswith(".bin"):
+    source = Path(settings["init_from"]) if settings["init_from"] else None
+    place = folder if (folder / "settings.json").exists() else source
+    model, record = load_target(place)
+    shape = model.shape if model else PRESETS[settings["preset"]].shape
+    ids, tokenizer = load_corpus(settings["data"], shape.vocabulary, place)
+    if settings["data"].endswith(".bin"):
         largest = int(ids.max())
-        wrong = f"{settings['data']} holds the token id {largest}, but the target's vocabulary has {vocabulary}"
-        vpd.reject_if(largest >= vocabulary, wrong)
+        wrong = f"{settings['data']} holds the token id {largest}, but the target's vocabulary has {shape.vocabulary}"
+        vpd.reject_if(model and largest >= shape.vocabulary, wrong)
+        shape = replace(shape, vocabulary=64 * (largest // 64 + 1))
+    if not model:
+        if vpd.rank() == 0:
+            print(f"the target's embedding has {shape.vocabulary} tokens", file=sys.stderr)
+        torch.manual_seed(settings["seed"])
+        model = GPT(shape)
     preset = fit_preset(settings, model.shape)
     windows(len(ids), preset.shape.context, True)  # raises if the corpus is too short
     run = Run(folder, settings, preset, model.to(device).eval(), ids, tokenizer, record, None, device)
@@ -610,11 +590,10 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
     C = {}
     for i in range(run.model.shape.layers):
         C |= {f"h.{i}.{matrix}": number for matrix, number in preset.C.items()}
-    batch = preset.batch // vpd.world_size()
-    get_batch = functools.partial(sample, run.ids, preset.shape.context, batch, False)
+    get_batch = functools.partial(sample, run.ids, preset.shape.context, preset.batch // vpd.world_size(), False)
     look = functools.partial(validate, run.model, validation_batches(run.ids, preset, device, SOME))
-    decompose = functools.partial(vpd.decompose, run.model, C, get_batch, vpd.kl, preset.config, out)
-    run.decomposition = decompose(checkpoint_seconds=preset.checkpoint_seconds, validate=look)
+    settings = (preset.config, out, CHECKPOINT_SECONDS, look)
+    run.decomposition = vpd.decompose(run.model, C, get_batch, vpd.kl, *settings)
     return run
 
 def load(folder: str | Path, device: str = "cpu") -> Run:
@@ -636,8 +615,7 @@ def validate(model: GPT, batches: list[Tensor], decomposition: vpd.Decomposition
                     output = vpd.masked_forward(model, decomposition.U, decomposition.V, masks, batch)
                 values[f"KL {name}"] += vpd.kl(target, output).item() / len(batches)
     counts = vpd.total_counts(vpd.count_subcomponents(importances))
-    counts.pop("C")
-    return {f"validation {name}": x for name, x in (dict(values) | counts).items()}
+    return {f"validation {name}": x for name, x in (dict(values) | counts).items() if name != "C"}
 
 def compute_recovered(curve: list, ce: float) -> float:
     """The share of its training at which the target itself first had this validation cross-entropy ([VPD] section 6).
@@ -657,20 +635,19 @@ def evaluate(run: Run) -> dict:
     began = time.monotonic()
     preset = run.preset
     curve = run.record["curve"]
-    log = run.folder / "decomposition" / "log.jsonl"
     batches = validation_batches(run.ids, preset, run.device)
     metrics = vpd.evaluate(run.model, run.decomposition, batches, vpd.kl, preset.config.seed, cross_entropy)
     figures = metrics["figures"]
     ce = figures["loss of the target"]
-    if curve:
-        for masking in vpd.MASKINGS:
-            recovered = compute_recovered(curve, ce + figures[f"loss above target, {masking}"])
-            figures[f"compute recovered, {masking}"] = recovered
+    for masking in vpd.MASKINGS if curve else ():
+        above = figures[f"loss above target, {masking}"]
+        figures[f"compute recovered, {masking}"] = compute_recovered(curve, ce + above)
     if run.tokenizer:
         ids = torch.cat(batches).flatten().tolist()
         lengths = [len(run.tokenizer.bytes[i]) for i in ids if i < len(run.tokenizer.bytes)]  # not of <|endoftext|>
         figures["bits per byte"] = ce / math.log(2) * len(ids) / max(1, sum(lengths))
     figures["parameters of the target"] = sum(x.numel() for x in run.model.parameters())
+    log = run.folder / "decomposition" / "log.jsonl"
     last_line = log.read_text().splitlines()[-1]
     seconds = json.loads(last_line)["seconds"]
     figures["tokens per second"] = preset.config.steps * preset.batch * preset.shape.context / seconds
@@ -686,17 +663,16 @@ def evaluate(run: Run) -> dict:
 FIRES = 0.1  # a subcomponent fires where its causal importance exceeds this ([VPD] section 8)
 SHOWN = 3000  # divided by the number of matrices: how many subcomponents of each, the most important, are on the page
 FLOWS = 18_000  # divided by the number of matrices: how many, the clearest, get sources and targets
-EXAMPLES = 10  # of each, with AROUND tokens on either side
-AROUND = 12
+EXAMPLES = 10  # of each
+AROUND = 12  # tokens on either side of an example
 VISIBLE = {i: 0x2400 + i for i in range(32)} | {9: "→", 10: "⏎"}  # signs for control characters
 
 def encoded(run: Run, text: str) -> Tensor:
     """A prompt as (1, T) token ids. Raises BadInput if the run has no tokenizer, or the prompt is empty or too long."""
     vpd.reject_if(not run.tokenizer, f"{run.folder} has no tokenizer for prompts: make a run on text, or from a GPT-2")
     ids = run.tokenizer.encode(text).astype(np.int64)
-    wrong = not 1 <= len(ids) <= run.preset.shape.context
-    limit = f"the model takes 1 to {run.preset.shape.context}"
-    vpd.reject_if(wrong, f"the prompt {text[:40]!r} has {len(ids)} tokens: {limit}")
+    wrong = f"the prompt {text[:40]!r} has {len(ids)} tokens: the model takes 1 to {run.preset.shape.context}"
+    vpd.reject_if(not 1 <= len(ids) <= run.preset.shape.context, wrong)
     return torch.from_numpy(ids)[None].to(run.device)
 
 @torch.no_grad()
@@ -736,9 +712,8 @@ def clearness(tokens: Tensor, usual: Tensor, fires: Tensor) -> float:
     return sum(share - usual[i].item() for i, share in commonest(tokens, fires)) * n / (n + 20)
 
 def flows(run: Run, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
-    """How much subcomponents (path, c) add directly to each other's activation, summed over where the target fires;
-    masks: importances ([VPD]'s dataset-aggregated attributions). {name: {"sources": [(sum, name)], "targets"}}, the 5
-    strongest of each."""
+    """How much subcomponents (path, c) add directly to each other's activation, summed over where the target fires
+    ([VPD]'s dataset-aggregated attributions): {name: {"sources": [(sum, name)], "targets"}}, the 5 strongest each."""
     U = run.decomposition.U
     total = collections.defaultdict(float)  # (path of the source, name of the target) -> (C,)
     some = SOME * 12 // len(U)  # of more matrices less text, down to one batch
@@ -772,9 +747,9 @@ def code(run: Run, *tokens: int) -> str:
 def examples(run: Run, ids: Tensor, g: Tensor, fires: Tensor) -> str:
     """Random places where a subcomponent fires, one a line, in HTML; shaded by its importance g (N, T) there."""
     places = fires.nonzero().cpu()
-    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
+    chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:EXAMPLES]
     lines = []
-    for n, t in places[order[:EXAMPLES]].tolist():
+    for n, t in places[chosen].tolist():
         before = code(run, *ids[n, max(0, t - AROUND) : t].tolist())
         after = code(run, *ids[n, t + 1 : t + 1 + AROUND].tolist())
         token = f'<mark style="--g:{g[n, t].item():.0%}">{code(run, ids[n, t].item())}</mark>'
@@ -800,24 +775,23 @@ def entry(run: Run, path: str, c: int, side: str, seen: tuple, mean: float, rais
     inside = f'<div id="{path}:{c}"><dl>{rows}</dl>{lines}</div>'  # the anchor is inside: a link to it opens the entry
     return f"<details><summary><b>{path}:{c}</b>{side} {facts[side]}</summary>{inside}</details>"
 
-def answer(run: Run, prompt: str, ids: Tensor) -> str:
-    """The tokens of a prompt (1, T) with the subcomponents that fire there, in HTML."""
+def answer(run: Run, prompt: str) -> str:
+    """The tokens of a prompt with the subcomponents that fire there, in HTML. Raises BadInput: see `encoded`."""
+    ids = encoded(run, prompt)
     _, g = vpd.predict_importances(run.model, run.decomposition, ids)
     rows = []
     for t, token in enumerate(ids[0].tolist()):
-        matrices = []
+        rows.append(f"<dt>{code(run, token)}<dd>")
         for path, x in g.items():
             fire = (x[0, t, :-1] > FIRES).nonzero()[:, 0].tolist()
             links = " ".join(f'<a href="#{path}:{c}">{c}</a>' for c in fire)
-            matrices.append(f"<span><i>{path}</i> {links}</span>" if fire else "")
-        rows.append(f"<dt>{code(run, token)}<dd>{' '.join(matrices)}")
+            rows.append(f"<span><i>{path}</i> {links}</span> " if fire else "")
     return f"<h2><code>{html.escape(prompt)}</code></h2><dl>{''.join(rows)}</dl>"
 
 def report(run: Run, prompts: list[str]) -> str:
-    """Write report.html: every subcomponent that fires, of each matrix the clearest first, and what fires on prompts.
+    """Write report.html: what fires on prompts, and every subcomponent that fires, of each matrix the clearest first.
     Returns a line for the terminal. Raises BadInput: see `encoded`."""
-    every_ids = [encoded(run, prompt) for prompt in prompts]
-    sections = [answer(run, prompt, ids) for prompt, ids in zip(prompts, every_ids)]
+    sections = [answer(run, prompt) for prompt in prompts]
     seen = observe(run)
     ids, g, _ = seen
     usual = torch.bincount(ids.flatten(), minlength=run.model.shape.vocabulary) / ids.numel()
@@ -834,16 +808,16 @@ def report(run: Run, prompts: list[str]) -> str:
     E = readout(run.model)
     rows = []
     for path in vpd.with_progress(g, "the page, by matrix"):
-        matrix = matrices[path]
-        rows.append(f'<tr><td><a href="#{path}">{path}</a><td>{matrix["alive"]}<td>{matrix["C"]}<td>{matrix["L0"]:.1f}')
+        of = matrices[path]
+        rows.append(f'<tr><td><a href="#{path}">{path}</a><td>{of["alive"]}<td>{of["C"]}<td>{of["L0"]:.1f}')
         sections.append(f'<h2 id="{path}">{path}</h2>')
         for c in [c for other, c in order if other == path]:
             raised = E @ run.decomposition.U[path][c].detach() if path.endswith(WRITERS) else None
-            mean = matrix["mean_importance"][c]
             _, side = clear[path, c]
+            mean = of["mean_importance"][c]
             sections.append(entry(run, path, c, side, seen, mean, raised, flow[f"{path}:{c}"]))
-    page = PAGE.replace("ROWS", "\n".join(rows)).replace("MOST", str(SHOWN // len(g)))
-    write(run.folder / "report.html", page + "\n".join(sections))
+    head = PAGE.replace("ROWS", "\n".join(rows)).replace("MOST", str(SHOWN // len(g)))
+    write(run.folder / "report.html", head + "\n".join(sections))
     return f"the page of {len(order)} subcomponents is {run.folder / 'report.html'}"
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -853,7 +827,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 body { font: 17px/1.6 Charter, Georgia, serif; max-width: 46rem; margin: 4rem auto; padding: 0 1rem;
   color: var(--ink); background: light-dark(#fffefb, #1b1b1a); overflow-wrap: break-word }
 h1, h2, th, b, i { font-weight: normal; font-style: normal } dd span { margin-right: .8rem }
-h1, h2 { line-height: 1.2 } h2 { margin: 3.5rem 0 1rem }
+h1, h2 { line-height: 1.2 } h2 { margin: 3.5rem 0 1rem } h2 code { font-size: 1.2rem }
 a { color: light-dark(#1d4f91, #8db8ee); text-decoration: none } a:hover { text-decoration: underline }
 table, dd, summary { font-variant-numeric: tabular-nums; border-collapse: collapse }
 th, td { text-align: right; padding: .15rem 0 .15rem 1.5rem; border-bottom: 1px solid var(--line) }
@@ -878,7 +852,6 @@ ROWS</table>
 
 # ---- Reading: circuits ----------------------------------------------------------------------------------------------
 COST = 2e-3  # of a node while pruning, in nats of cross-entropy
-DRAWN = 0.03  # the share of all attributions into a node that an edge of the picture has at least
 PRUNINGS = {  # whether masks are random while pruning, and whether an adversary chooses them
     "importances alone": (False, False), "stochastic": (True, False), "stochastic and adversarial": (True, True)}
 
@@ -897,18 +870,16 @@ def judge(run: Run, ids: Tensor, target: Tensor, g: dict[str, Tensor], loss, mov
     with torch.no_grad(), vpd.precision(run.device, run.decomposition.bf16):
         result["g as masks"] = loss(vpd.masked_forward(run.model, U, V, g, ids)).item()
         result["rounded"] = loss(vpd.masked_forward(run.model, U, V, rounded, ids)).item()
-    cases = [(ids, target, g)]
-    attack = vpd.fresh_adversary(run.model, run.decomposition, cases, lambda _, x: loss(x), ids.shape, movable)
+    case = (ids, target, g)
+    attack = vpd.fresh_adversary(run.model, run.decomposition, [case], lambda _, x: loss(x), ids.shape, movable)
     return result | {f"attack {steps}": attack[steps] for steps in (20, 40, 80)}
 
 def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
     """What three ways of pruning leave of one prediction (see `judge`), and the attribution graph after the last, as a
     dict for JSON. Predicted: token_text, or the target's best."""
-    model = run.model
-    decomposition = run.decomposition
     ids = encoded(run, prompt)
-    target, g = vpd.predict_importances(model, decomposition, ids)
-    token = one_token(run, token_text) if token_text else int(target[0, -1].argmax())
+    target, g = vpd.predict_importances(run.model, run.decomposition, ids)
+    token = int(target[0, -1].argmax()) if token_text is None else one_token(run, token_text)
     def loss(logits):
         return F.cross_entropy(logits[:, -1].float(), torch.tensor([token], device=ids.device))
     def outcome(logits):
@@ -916,16 +887,16 @@ def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
     active = vpd.side_by_side(g) > 0
     prunings = {"not pruned": judge(run, ids, target, g, loss, active)}
     for name, (stochastic, adversarial) in PRUNINGS.items():
-        pruned = vpd.prune(model, decomposition, g, ids, loss, COST, stochastic, adversarial)
+        pruned = vpd.prune(run.model, run.decomposition, g, ids, loss, COST, stochastic, adversarial)
         prunings[name] = judge(run, ids, target, pruned, loss, active)
-    graph = vpd.attribution_graph(model, decomposition, pruned, ids, outcome, EMBEDDINGS, share=0.005)
+    graph = vpd.attribution_graph(run.model, run.decomposition, pruned, ids, outcome, EMBEDDINGS, share=0.005)
     return {"prompt": prompt, "token": token, "ids": ids[0].tolist(), "target": loss(target).item(),
             "prunings": prunings, "pruned_graph": graph}  # fmt: skip
 
 def draw_circuit(run: Run, result: dict, file: Path) -> None:
-    """The attributions of a `circuit` that make up most of what they flow into. Positions across, matrices up."""
+    """The attributions of a `circuit` with over 3 % of all into their target. Positions across, matrices up."""
     nodes = result["pruned_graph"]["nodes"]
-    edges = [edge for edge in result["pruned_graph"]["edges"] if edge["share"] > DRAWN]
+    edges = [edge for edge in result["pruned_graph"]["edges"] if edge["share"] > 0.03]
     texts = [repr(run.tokenizer.decode([i])) for i in result["ids"]]
     rows = [*EMBEDDINGS, *run.decomposition.U, "outcome"]
     cells = collections.defaultdict(list)  # (matrix, position) -> its nodes
@@ -933,18 +904,16 @@ def draw_circuit(run: Run, result: dict, file: Path) -> None:
         cells[nodes[n]["matrix"], nodes[n]["position"]].append(n)
     figure = matplotlib.figure.Figure((max(7, 1.15 * len(texts)), 1 + 0.45 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    x = {}
-    y = {}
+    place = {}  # of each node
     for (path, position), inside in cells.items():
+        row = rows.index(path)
         for i, n in enumerate(inside):  # side by side within the cell
-            x[n] = position + 0.8 * ((i + 0.5) / len(inside) - 0.5)
-            y[n] = rows.index(path)
-            axis.scatter(x[n], y[n], s=45, color=matplotlib.colormaps["tab20"](y[n] % 20), zorder=2)
+            place[n] = (position + 0.8 * ((i + 0.5) / len(inside) - 0.5), row)
+            axis.scatter(*place[n], s=45, color=matplotlib.colormaps["tab20"](row % 20), zorder=2)
     for edge in edges:
-        ends = [edge["source"], edge["target"]]
         colour = "#1f6fb4" if edge["attribution"] > 0 else "#c85200"
-        style = {"color": colour, "linewidth": 0.3 + 5 * edge["share"], "alpha": 0.6, "zorder": 1}
-        axis.plot([x[n] for n in ends], [y[n] for n in ends], **style)
+        ends = zip(place[edge["source"]], place[edge["target"]])  # both x, both y
+        axis.plot(*ends, color=colour, linewidth=0.3 + 5 * edge["share"], alpha=0.6, zorder=1)
     rows[-1] = f"outcome: {run.tokenizer.decode([result['token']])!r}"
     axis.set_xticks(range(len(texts)), texts, parse_math=False)  # a dollar is a dollar
     axis.set_yticks(range(len(rows)), rows, parse_math=False)
@@ -973,9 +942,8 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
 def choose_settings(given: dict, folder: Path, reads: bool = False) -> dict:
     """The settings of the run in the folder, or of a new one. given: those on the command line. Raises BadInput if they
     cannot serve, or if the folder holds something else than is asked for."""
-    finished = (folder / "metrics.json").exists()
-    lacking = f"{folder} holds no finished decomposition: make one, or give its folder with --out"
-    vpd.reject_if(reads and not finished, lacking)
+    unfinished = f"{folder} holds no finished decomposition: make one, or give its folder with --out"
+    vpd.reject_if(reads and not (folder / "metrics.json").exists(), unfinished)
     limits = {"seed": (0, 1e9 - 1), "steps": (1, math.inf), "batch": (1, 1e6), "C": (1e-3, 100)}
     for name, (least, most) in limits.items():
         value = given.get(name, least)
@@ -990,7 +958,8 @@ def choose_settings(given: dict, folder: Path, reads: bool = False) -> dict:
         of_source = json.loads((source / "settings.json").read_text())
         settings |= {"preset": of_source["preset"], "data": of_source["data"]}
     if not (folder / "settings.json").exists():
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        # the other processes may find what process 0 is just making there
+        taken = vpd.rank() == 0 and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         vpd.reject_if(taken, f"{folder} holds something else than a run: choose another folder with --out")
         return settings
     own = json.loads((folder / "settings.json").read_text())
@@ -1027,7 +996,7 @@ def start_process(device: str) -> str:
 def command(options: argparse.Namespace) -> None:
     """Make a run, go on with one, or read one. Raises BadInput."""
     reads = options.report is not None or options.circuit is not None
-    vpd.reject_if(options.token and not options.circuit, "--token needs --circuit PROMPT: it is the token to explain")
+    vpd.reject_if(options.token is not None and options.circuit is None, "--token needs --circuit PROMPT to explain")
     vpd.reject_if(reads and "LOCAL_RANK" in os.environ, "a run is read by one process: leave out torchrun")
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     folder = options.out or Path("runs") / given.get("preset", SETTINGS["preset"])
