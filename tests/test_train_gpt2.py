@@ -418,6 +418,7 @@ def test_a_whole_run_in_small_is_what_its_files_say(command, small, tmp_path, mo
 def test_a_run_killed_in_any_stage_goes_on_when_its_command_is_repeated_and_ends_the_same(
     command, small, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(gpt, "CHECKPOINT_SECONDS", -1)  # after every step
     settings = ("--data", tmp_path / "text.txt", "--seed", "3", "--C", "0.5")
     command(*settings, "--out", tmp_path / "whole")
 
@@ -435,6 +436,7 @@ def test_a_run_killed_in_any_stage_goes_on_when_its_command_is_repeated_and_ends
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(*death)
             command(*settings, "--out", tmp_path / "killed")
+        assert (tmp_path / "killed" / "target_unfinished.pt").exists() == (death[1] == "sample")
     for name, value in (("--seed", 4), ("--C", 2), ("--steps", 7), ("--data", "other.txt")):
         with pytest.raises(SystemExit, match=f"made with another {name}: .* choose another --out"):
             command(*settings, name, value, "--out", tmp_path / "killed")
