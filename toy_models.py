@@ -1,6 +1,6 @@
 """Toy models with known mechanisms: train one, decompose it with VPD, score it against the truth, and draw it.
 
-    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; 15 seconds on a laptop
+    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; half a minute
     python toy_models.py tms_40-10 --seed 3 --out runs/tms40
     python toy_models.py tms_5-2 --without adversarial    # one loss removed: what breaks?
 
@@ -197,7 +197,8 @@ def parse_name(name: str, published: bool = False) -> Toy:
     misplaced = published and not name.startswith("resid")
     vpd.reject_if(misplaced, f"--published is for the residual MLPs: leave it out, {name} says its own size")
     if match := re.fullmatch(r"tms_(\d+)-(\d+)(-id)?", name):
-        features, dimensions = int(match[1]), int(match[2])
+        features = int(match[1])
+        dimensions = int(match[2])
         if 1 <= dimensions <= features:
             return Toy(name, features, dimensions, identity=bool(match[3]))
     if match := re.fullmatch(r"resid_mlp([123])", name):

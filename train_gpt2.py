@@ -44,7 +44,7 @@ from torch import Tensor, nn
 import vpd
 
 # ---- The model: GPT-2 -----------------------------------------------------------------------------------------------
-# For another architecture change the names that follow, and Shape, GPT and `readout`. Nothing else knows its insides.
+# For another architecture change the names that follow, and what stands from Shape to `readout`.
 # The decomposed matrices of each layer h.0, h.1, ..., and into how many subcomponents each preset decomposes them
 SUBCOMPONENTS = {
     "laptop": {"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
@@ -120,6 +120,13 @@ class GPT(nn.Module):
         for block in self.h:
             x = block(x)
         return (self.norm(x) @ self.tokens.weight.T).to(x.dtype)  # float32 as the stream, under autocast too
+
+def paths_and_sizes(shape: Shape, C: dict[str, int]) -> dict[str, int]:
+    """{path of a decomposed matrix: subcomponents}, for all layers; C: {name in a layer: subcomponents}."""
+    sizes = {}
+    for i in range(shape.layers):
+        sizes |= {f"h.{i}.{matrix}": number for matrix, number in C.items()}
+    return sizes
 
 def readout(model: GPT) -> Tensor:
     """What a direction in the residual stream adds to each logit, (vocabulary, width): the unembedding behind the norm.
@@ -266,7 +273,8 @@ def read_text(file: Path) -> str:
 def read_bin(file: Path) -> np.ndarray:
     """Token ids, memory-mapped: uint16, as nanoGPT writes them, or uint32, announced on stderr: there every second half
     (the high ones) is 0 or small, of uint16 ids as large as the others. Raises BadInput if the length is odd."""
-    size = file.stat().st_size if file.is_file() else 0
+    vpd.reject_if(not file.is_file(), f"there is no file {file}: give a .bin of token ids")
+    size = file.stat().st_size
     vpd.reject_if(size % 2 or not size, f"{file} has {size} bytes: give a file of uint16 or uint32 token ids")
     halves = np.memmap(file, dtype=np.uint16, mode="r")
     some = halves[: 1 << 24]
@@ -436,7 +444,7 @@ GPT2_NAMES = {  # Hugging Face's names -> ours; `c_attn` is q, k and v beside ea
     "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}  # fmt: skip
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, in float32. It is: length of the header, 8 bytes; header, JSON; raw tensors."""
+    """The tensors of a .safetensors file, in float32. It holds 8 bytes, a length; a header so long, JSON; tensors."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
@@ -538,6 +546,8 @@ def fit_preset(settings: dict, shape: Shape) -> Preset:
     shape = replace(shape, context=min(shape.context, preset.shape.context))
     return replace(preset, shape=shape, batch=batch, C=C, config=config)
 
+INPUTS = {"target.pt", "tokenizer.json", "tokens.npy", "settings.json"}  # what `save_inputs` writes
+
 def save_inputs(run: Run) -> None:
     """Make the run folder, and keep in it what the run starts from. settings.json, the last, says that all is there."""
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -556,9 +566,12 @@ def prepare_run(settings: dict, folder: Path, device: str) -> Run:
     source = Path(settings["init_from"]) if settings["init_from"] else None
     place = folder if (folder / "settings.json").exists() else source
     model, record = load_target(place)
+    if source and not model:  # its copy in the folder of the run was deleted
+        model, record = load_target(source)
+        vpd.reject_if(not model, f"{folder} lacks its target.pt, and {source} has none: choose another --out")
     shape = model.shape if model else PRESETS[settings["preset"]].shape
     ids, tokenizer = load_corpus(settings["data"], shape.vocabulary, place)
-    if settings["data"].endswith(".bin"):
+    if settings["data"].endswith(".bin") and not (model and place == folder):  # else it was checked before
         largest = int(ids.max())
         wrong = f"{settings['data']} holds the token id {largest}, but the target's vocabulary has {shape.vocabulary}"
         vpd.reject_if(model and largest >= shape.vocabulary, wrong)
@@ -580,6 +593,8 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
     SETTINGS. Raises BadInput: see `prepare_run`."""
     with vpd.rank_0_first():  # the others load what process 0 has saved
         run = prepare_run(settings, folder, device)
+    if run.record and vpd.rank() == 0:
+        (folder / "target_unfinished.pt").unlink(missing_ok=True)  # a kill came just before this
     if not run.record:
         run.record = train_target(run.model, run.ids, run.preset, settings["seed"], folder, device)
     preset = run.preset
@@ -587,13 +602,11 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
     if (folder / "metrics.json").exists():  # whatever the number of processes that made it
         run.decomposition = vpd.load_decomposition(out, preset.config, device)
         return run
-    C = {}
-    for i in range(run.model.shape.layers):
-        C |= {f"h.{i}.{matrix}": number for matrix, number in preset.C.items()}
+    C = paths_and_sizes(run.model.shape, preset.C)
     get_batch = functools.partial(sample, run.ids, preset.shape.context, preset.batch // vpd.world_size(), False)
     look = functools.partial(validate, run.model, validation_batches(run.ids, preset, device, SOME))
-    settings = (preset.config, out, CHECKPOINT_SECONDS, look)
-    run.decomposition = vpd.decompose(run.model, C, get_batch, vpd.kl, *settings)
+    run.decomposition = vpd.decompose(run.model, C, get_batch, vpd.kl, preset.config, out,
+                                      checkpoint_seconds=CHECKPOINT_SECONDS, validate=look)  # fmt: skip
     return run
 
 def load(folder: str | Path, device: str = "cpu") -> Run:
@@ -726,18 +739,18 @@ def flows(run: Run, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
                 value = activations[path][..., c][fires].sum()
                 for source, x in vpd.attributions(value, run.decomposition, g, activations, writes).items():
                     total[source, f"{path}:{c}"] += x[..., :-1].sum((0, 1))
-    found = {f"{path}:{c}": {"sources": [], "targets": []} for path, c in subcomponents}
+    strongest = {f"{path}:{c}": {"sources": [], "targets": []} for path, c in subcomponents}
     for (path, target), x in total.items():
         for c in x.abs().topk(min(20, len(x))).indices.tolist():
             source = f"{path}:{c}"
-            if source in found and x[c] != 0:  # some are not on the page
-                found[target]["sources"].append((x[c].item(), source))
-                found[source]["targets"].append((x[c].item(), target))
-    for sides in found.values():
+            if source in strongest and x[c] != 0:  # some are not on the page
+                strongest[target]["sources"].append((x[c].item(), source))
+                strongest[source]["targets"].append((x[c].item(), target))
+    for sides in strongest.values():
         for edges in sides.values():
             edges.sort(key=lambda edge: -abs(edge[0]))
             del edges[5:]
-    return found
+    return strongest
 
 def code(run: Run, *tokens: int) -> str:
     """Tokens in HTML; without a tokenizer their numbers."""
@@ -775,23 +788,22 @@ def entry(run: Run, path: str, c: int, side: str, seen: tuple, mean: float, rais
     inside = f'<div id="{path}:{c}"><dl>{rows}</dl>{lines}</div>'  # the anchor is inside: a link to it opens the entry
     return f"<details><summary><b>{path}:{c}</b>{side} {facts[side]}</summary>{inside}</details>"
 
-def answer(run: Run, prompt: str) -> str:
-    """The tokens of a prompt with the subcomponents that fire there, in HTML. Raises BadInput: see `encoded`."""
-    ids = encoded(run, prompt)
+def answer(run: Run, prompt: str, ids: Tensor, shown: dict) -> str:
+    """The tokens (1, T) of a prompt with the subcomponents that fire there, in HTML; links to those that are shown."""
     _, g = vpd.predict_importances(run.model, run.decomposition, ids)
     rows = []
     for t, token in enumerate(ids[0].tolist()):
         rows.append(f"<dt>{code(run, token)}<dd>")
         for path, x in g.items():
             fire = (x[0, t, :-1] > FIRES).nonzero()[:, 0].tolist()
-            links = " ".join(f'<a href="#{path}:{c}">{c}</a>' for c in fire)
+            links = " ".join(f'<a href="#{path}:{c}">{c}</a>' if (path, c) in shown else str(c) for c in fire)
             rows.append(f"<span><i>{path}</i> {links}</span> " if fire else "")
     return f"<h2><code>{html.escape(prompt)}</code></h2><dl>{''.join(rows)}</dl>"
 
 def report(run: Run, prompts: list[str]) -> str:
     """Write report.html: what fires on prompts, and every subcomponent that fires, of each matrix the clearest first.
     Returns a line for the terminal. Raises BadInput: see `encoded`."""
-    sections = [answer(run, prompt) for prompt in prompts]
+    every_ids = [encoded(run, prompt) for prompt in prompts]
     seen = observe(run)
     ids, g, _ = seen
     usual = torch.bincount(ids.flatten(), minlength=run.model.shape.vocabulary) / ids.numel()
@@ -806,6 +818,7 @@ def report(run: Run, prompts: list[str]) -> str:
     flow = flows(run, order)
     matrices = json.loads((run.folder / "metrics.json").read_text())["matrices"]
     E = readout(run.model)
+    sections = [answer(run, prompt, prompt_ids, clear) for prompt, prompt_ids in zip(prompts, every_ids)]
     rows = []
     for path in vpd.with_progress(g, "the page, by matrix"):
         of = matrices[path]
@@ -950,16 +963,18 @@ def choose_settings(given: dict, folder: Path, reads: bool = False) -> dict:
         vpd.reject_if(not least <= value <= most, f"--{name} is {value:g}: give {least:g} to {most:g}")
     settings = given if reads else SETTINGS | given
     source = Path(given.get("init_from", ""))
-    if "init_from" in given and not (source / "config.json").exists():  # a run, not a GPT-2
+    begun = (folder / "settings.json").exists()
+    if "init_from" in given and not begun and not (source / "config.json").exists():  # a run, not a GPT-2
         complete = (source / "settings.json").exists() and (source / "target.pt").exists()
         vpd.reject_if(not complete, f"{source} is no run with a finished target: give the folder of one, or a GPT-2")
         brings = "a run given to --init-from brings its preset and data: leave out --preset and --data"
         vpd.reject_if({"preset", "data"} & given.keys(), brings)
         of_source = json.loads((source / "settings.json").read_text())
         settings |= {"preset": of_source["preset"], "data": of_source["data"]}
-    if not (folder / "settings.json").exists():
-        # the other processes may find what process 0 is just making there
-        taken = vpd.rank() == 0 and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if not begun:
+        inside = {file.name.removesuffix(".unfinished") for file in folder.iterdir()} if folder.is_dir() else set()
+        # a kill may have come while process 0 wrote its inputs; the others may find what it is just making there
+        taken = vpd.rank() == 0 and (folder.is_file() or inside - INPUTS)
         vpd.reject_if(taken, f"{folder} holds something else than a run: choose another folder with --out")
         return settings
     own = json.loads((folder / "settings.json").read_text())
@@ -980,10 +995,10 @@ def choose_precision(device: str) -> None:
 def start_process(device: str) -> str:
     """Make this process ready, under torchrun one of several. Returns its device. Raises BadInput if there is none."""
     local_rank = os.environ.get("LOCAL_RANK")  # set by torchrun
-    if device == "cuda" and local_rank:
-        device = f"cuda:{local_rank}"
-        torch.cuda.set_device(device)
     try:
+        if device == "cuda" and local_rank:
+            device = f"cuda:{local_rank}"
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise vpd.BadInput(f"there is no device {device!r} here: give --device cpu, or leave it out") from None

@@ -495,9 +495,9 @@ def set_learning_rates(training: Training, config: Config) -> None:
 def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms. Raises
     BadInput if one of them is not finite, before U, V and G are changed."""
-    U, V, G = training.decomposition.U, training.decomposition.V, training.decomposition.G
+    U, V = training.decomposition.U, training.decomposition.V
     parameters_UV = [*U.values(), *V.values()]
-    parameters_G = list(G.parameters())
+    parameters_G = list(training.decomposition.G.parameters())
     sources = training.sources
     set_learning_rates(training, config)
     elapsed = training.step / config.steps
@@ -510,7 +510,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
         for _ in range(config.adversary_steps):
             loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
             # weighted as in the total, because Adam's moments are of both
-            ascend(training.ascent, sources, *torch.autograd.grad(config.w_adversarial * loss, sources))
+            (uphill,) = torch.autograd.grad(config.w_adversarial * loss, sources)
+            ascend(training.ascent, sources, uphill)
         noise = training.noise_generator
         loss_stochastic = stochastic_reconstruction(model, U, V, g, batch, target, divergence, noise, config.shrink)
         loss_adversarial = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
@@ -652,7 +653,8 @@ def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], div
         for batch, target, g in cases:
             with precision(device, decomposition.bf16):
                 loss = adversarial_reconstruction(model, U, V, side_by_side(g), batch, target, divergence, sources)
-            gradient += torch.autograd.grad(loss, sources)[0]
+            (of_case,) = torch.autograd.grad(loss, sources)
+            gradient += of_case
             total += loss.item()
         reached.append(total / len(cases))
         step = size * gradient.sign()
@@ -676,12 +678,14 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
     target_loss = 0.0
     generator = torch.Generator(batches[0].device).manual_seed(seed)
     for batch, target, g in cases:
-        target_loss += loss(batch, target).item() / len(cases) if loss else 0
+        if loss:
+            target_loss += loss(batch, target).item() / len(cases)
         for masking, masks in evaluation_masks(g, generator):
             with precision(batch.device, decomposition.bf16):
                 output = masked_forward(model, decomposition.U, decomposition.V, masks, batch)
             divergences[masking] += divergence(target, output).item() / len(cases)
-            losses[masking] += loss(batch, output).item() / len(cases) if loss else 0
+            if loss:
+                losses[masking] += loss(batch, output).item() / len(cases)
     attack = fresh_adversary(model, decomposition, cases, divergence, seed=seed)
     figures = total_counts(matrices)
     figures |= {f"divergence, {masking}": x for masking, x in divergences.items()}
@@ -695,7 +699,10 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
 
 def table(metrics: dict) -> str:
     """What `evaluate` returns, with what was added to it, as text: a line for each figure, then one for each matrix."""
-    lines = [f"{name:40s} {x:10,}" if isinstance(x, int) else f"{name:40s} {x:10.4g}" for name, x in metrics["figures"].items()]
+    lines = []
+    for name, x in metrics["figures"].items():
+        number = f"{x:10,}" if isinstance(x, int) else f"{x:10.4g}"
+        lines.append(f"{name:40s} {number}")
     columns = {}  # name: width
     for of in metrics["matrices"].values():
         columns |= {name: max(10, len(name) + 2) for name in of if name != "mean_importance"}
@@ -738,12 +745,12 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
     for (path, write), gradient in zip(writes.items(), gradients):
         if gradient is None:
             continue  # it runs after value
-        whole = (gradient * write).sum(-1, keepdim=True)
-        attributed[path] = whole
+        of_write = (gradient * write).sum(-1, keepdim=True)
+        attributed[path] = of_write
         if path in decomposition.U:
             unit = F.normalize(decomposition.U[path].detach(), dim=-1)  # U_c / ||U_c||
             of_c = masks[path][..., :-1] * activations[path].detach() * (gradient @ unit.T)  # (..., C)
-            attributed[path] = torch.cat([of_c, whole - of_c.sum(-1, keepdim=True)], -1)
+            attributed[path] = torch.cat([of_c, of_write - of_c.sum(-1, keepdim=True)], -1)
     return attributed
 
 def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(),
@@ -866,7 +873,8 @@ def cluster(active: Tensor, alpha: float = 3.0) -> dict:
         members = members[others]
         active = active[:, others]
         both = both[others][:, others]
-        both[i] = both[:, i] = active[active[:, i]].sum(0)
+        both[i] = active[active[:, i]].sum(0)  # where i, now merged, and each other are active
+        both[:, i] = both[i]
     often_first = [group for _, group in sorted(best, reverse=True)]
     return {"groups": often_first, "bits_before": costs[0] / positions, "bits_after": min(costs) / positions}
 
@@ -969,8 +977,8 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, config: Con
         tied = ", ".join(other for other in memory if memory[other] == memory[name] and other != name)
         reject_if(tied, f"{name} is tied to {tied}: give the matrix a copy of its own, or leave it out")
     reject_if(model.training, "the model is in training mode, where dropout changes its output: call model.eval()")
-    kind = type(batch).__name__
-    reject_if(not isinstance(batch, Tensor), f"a batch is a {kind}: make get_batch return one tensor")
+    type_name = type(batch).__name__
+    reject_if(not isinstance(batch, Tensor), f"a batch is a {type_name}: make get_batch return one tensor")
     batch = batch.to(model.get_submodule(path).weight.device)
     target, inputs = forward_with_inputs(model, C, batch)
     reject_if(not isinstance(target, Tensor), f"the model returns a {type(target).__name__}: make it return one tensor")
@@ -985,9 +993,13 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, config: Con
     V = {path: x.new_zeros(x.shape[-1], 0) for path, x in inputs.items()}
     try:  # a backward pass, as training will do it
         masked_forward(model, U, V, masks, batch).sum().backward(inputs=list(masks.values()))
+    except torch.cuda.OutOfMemoryError:
+        raise BadInput("a batch is too large for the memory of the device: take a smaller one") from None
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:100]
         raise BadInput(f"the model has no gradient ({reason}): write x = x + y, not x += y; detach nothing") from None
+    cut_off = ", ".join(path for path, mask in masks.items() if mask.grad is None)
+    reject_if(cut_off, f"no gradient reaches {cut_off}: detach nothing, or leave it out")
 
 def versions(device: torch.device) -> dict:
     """What a result depends on to the last bit, beside the settings."""
@@ -1069,6 +1081,8 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
             training.decomposition.V[key].data.copy_(state["V"][key])
         training.step = state["step"]
         training.seconds = state["seconds"]
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to begin anew") from error

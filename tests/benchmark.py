@@ -21,6 +21,7 @@ import weakref
 from pathlib import Path
 
 FILE = Path(__file__).resolve()
+ENVIRONMENT = dict(os.environ)  # train_gpt2 adds to it how threads wait; another checkout has its own way
 sys.path.insert(0, os.environ.get("BENCHMARKED_CODE", str(FILE.parents[1])))
 
 import train_gpt2  # isort: skip  # before torch, because it sets how idle threads wait
@@ -133,7 +134,7 @@ class Case:
     """A case in a process of its own, with the code of a checkout."""
     def __init__(self, case: str, threads: int, folder: Path = FILE.parents[1]):
         command = [sys.executable, FILE, "--threads", str(threads), "--worker", case]
-        code = os.environ | {"BENCHMARKED_CODE": str(folder)}
+        code = ENVIRONMENT | {"BENCHMARKED_CODE": str(folder)}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=code)
         self.ask(5)  # warm-up
 

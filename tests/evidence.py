@@ -13,6 +13,7 @@
     edit         a subcomponent is made to write another token, beside a random one
 
 `attention` and `edit` take seconds, the others up to an hour and a half of one thread. Repeated, a killed one goes on.
+One at a time: claims share decompositions.
 [VPD] is "Interpreting Language Model Parameters" (2026); its figures are those of another, larger model."""
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import train_gpt2  # isort: skip  # before torch, because it sets how idle threads wait
 import matplotlib.style
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import train_gpt2
 import vpd
 from transcoders import attack_transcoders, best_transcoders, judged, latents_as_decomposition, mlps_masked, replaced
 
@@ -449,6 +450,7 @@ def main() -> None:
     options = parser.parse_args()
     claim = CLAIMS[options.claim]
     out = options.out or options.source / "evidence"
+    train_gpt2.choose_precision("cpu")
     vpd.keep_memory()
     try:
         run = train_gpt2.load(options.source)

@@ -174,6 +174,11 @@ class InPlace(nn.Module):
         return h
 
 
+class CutOff(Net):
+    def forward(self, x):
+        return self.last(F.gelu(self.first(x)).detach())
+
+
 class Pair(Net):
     def forward(self, x):
         return super().forward(x), None
@@ -202,6 +207,7 @@ small = dataclasses.replace(CONFIG, steps=3)
         (dict(model=Twice().eval(), sizes={"square": 4}), r"square runs twice"),
         (dict(model=Twice().eval(), sizes={"unused": 4}), r"unused does not run"),
         (dict(model=InPlace().eval(), sizes={"first": 4, "second": 4}), r"modified by an inplace.*write x = x \+ y"),
+        (dict(model=CutOff().eval()), r"no gradient reaches first: detach nothing"),
         (dict(model=Pair().eval()), r"the model returns a tuple: make it return one tensor"),
         (dict(config=dataclasses.replace(small, G_heads=0)), r"G_heads 0: give at least 1 head"),
         (dict(model=net().train()), r"call model.eval\(\)"),

@@ -432,7 +432,8 @@ def test_a_run_killed_in_any_stage_goes_on_when_its_command_is_repeated_and_ends
 
         return module, name, mortal
 
-    for death in (dies(gpt, "sample", 20), dies(vpd, "training_step", 3), dies(vpd, "evaluate", 0)):
+    deaths = [dies(gpt, "write", 1), dies(gpt, "sample", 20), dies(vpd, "training_step", 3), dies(vpd, "evaluate", 0)]
+    for death in deaths:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(*death)
             command(*settings, "--out", tmp_path / "killed")

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -483,6 +485,18 @@ def test_a_sequence_model_goes_through_the_same_decompose():
     metrics = vpd.evaluate(model, decomposition, [torch.randint(11, (3, 5))], vpd.kl)
     assert metrics["figures"]["C"] == 13 and metrics["figures"]["evaluated positions"] == 15
     assert all(name in vpd.table(metrics) for name in (*metrics["figures"], *paths))
+
+
+def test_the_readmes_own_model_comes_out_as_it_says(tmp_path, capsys):
+    readme = (Path(vpd.__file__).parent / "README.md").read_text()
+    code, printed = re.search(r"## Your own model.*?```python\n(.*?)```.*?```\n(.*?)```", readme, re.S).groups()
+    torch.manual_seed(0)
+    exec(code.replace('"runs/mine"', repr(str(tmp_path))), {})
+    found = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    promised = dict(line.rsplit(maxsplit=1) for line in printed.splitlines())
+    assert float(found["L0"]) == pytest.approx(float(promised["L0"]), rel=0.15)
+    for name in ("divergence, unmasked", "divergence, rounded at 0", "fresh adversary, 80 steps"):
+        assert float(found[name]) < 0.01 * float(promised["divergence, ablated"])
 
 
 # --- 8  evaluation ---
