@@ -448,8 +448,21 @@ def draw_subcomponents(toy: Toy, model, decomposition: vpd.Decomposition, path: 
         for feature, (x, y) in enumerate(matrix.T.tolist()):
             if abs(x) + abs(y) > 0.05 * limit:  # else nothing but an arrowhead, which has a size of its own
                 axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{feature % 10}", "lw": 2})
-    shown = f"{len(panels) - 2} of {len(alive.numbers)} alive; one arrow or column per feature"
+    shown = f"{len(alive.numbers)} alive, {len(panels) - 2} shown; one arrow or column per feature"
     figure.suptitle(f"{toy.name}, {path}: {shown}", size=10)
+    figure.savefig(file, dpi=110)
+
+def draw_importances(toy: Toy, alive: dict[str, Alive], file: Path) -> None:
+    """Causal importances of the alive subcomponents on the probes: one feature alone; for induction one sequence."""
+    across = min(4, len(alive))
+    down = math.ceil(len(alive) / across)
+    figure = Figure(figsize=(1 + 3 * across, 3.4 * down), layout="constrained")
+    rows = "position" if toy.length else "the one feature that is present"
+    for place, (path, of_matrix) in enumerate(alive.items(), 1):
+        axis = figure.add_subplot(down, across, place, title=path, xlabel="alive subcomponent", ylabel=rows)
+        image = axis.imshow(of_matrix.on_probes.cpu().numpy(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.locator_params(integer=True)
+    figure.colorbar(image, ax=figure.axes, label="causal importance g")
     figure.savefig(file, dpi=110)
 
 def draw_attention(model: nn.Module, decomposition: vpd.Decomposition, ids: Tensor, file: Path) -> None:
@@ -488,6 +501,7 @@ def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, 
     with vpd.atomic_write(out / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=1).encode())
     vpd.draw_run(metrics, out / "log.jsonl", out / "training.png")
+    draw_importances(toy, alive, out / "importances.png")
     if toy.length:
         draw_attention(model, decomposition, data[:1], out / "attention.png")
         return metrics

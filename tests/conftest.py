@@ -12,7 +12,6 @@ import vpd
 
 TEXT = "def first(self, x):\n    return '<b>' & x\n\n\nclass Name:\n\tdef second(self): return \"</script>\" \n" * 60
 
-
 @pytest.fixture(autouse=True)
 def process_as_it_was():
     """A command may choose threads and another precision of matrix products for its process: the next test starts anew."""
@@ -22,13 +21,11 @@ def process_as_it_was():
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_flash_sdp(True)
 
-
 def tiny_preset(**changes):
     """Two layers of width 16, six subcomponents for each matrix; seconds."""
     config = vpd.Config(steps=30, faithfulness_steps=50, lr=5e-3, G_type="transformer", G_width=32, G_blocks=1, G_heads=2)
     C = dict.fromkeys(gpt.SUBCOMPONENTS["laptop"], 6)
     return gpt.Preset(gpt.Shape(2, 16, 2, 16, 280), 4, 60, 1e-2, C, dataclasses.replace(config, **changes))
-
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
@@ -41,14 +38,12 @@ def finished_run(tmp_path_factory):
         gpt.evaluate(opened)
     return opened
 
-
 @pytest.fixture
 def run(finished_run, monkeypatch):
     """A finished run of a tiny model on TEXT; while a test uses it, `laptop` is its preset."""
     monkeypatch.setitem(gpt.PRESETS, "laptop", tiny_preset())
     monkeypatch.setattr(gpt, "EVALUATED", 256)
     return finished_run
-
 
 @pytest.fixture
 def command(monkeypatch, capsys):

@@ -11,7 +11,6 @@ import train_gpt2 as gpt
 import transcoders
 import vpd
 
-
 def random_decomposition(seed=0):
     """A random GPT in float64, and a random decomposition of q and k of both layers."""
     torch.manual_seed(seed)
@@ -22,7 +21,6 @@ def random_decomposition(seed=0):
     U = {path: torch.randn(6, 8).double() for path in paths}
     V = {path: torch.randn(8, 6).double() / 8**0.5 for path in paths}
     return model, vpd.Decomposition(U, V, nn.Identity())
-
 
 def test_all_pairs_with_biases_and_delta_give_the_attention_scores():
     model, decomposition = random_decomposition()
@@ -40,7 +38,6 @@ def test_all_pairs_with_biases_and_delta_give_the_attention_scores():
                     total += terms["a_q"][:, c, None] * terms["static"][h, c, other] * terms["a_k"][:, other]
             torch.testing.assert_close(total, true, rtol=1e-4, atol=1e-4)
 
-
 def test_the_rest_of_the_scores_is_that_of_bias_and_delta():
     model, decomposition = random_decomposition()
     for path, U in decomposition.U.items():  # without both nothing is left
@@ -48,7 +45,6 @@ def test_the_rest_of_the_scores_is_that_of_bias_and_delta():
         model.get_submodule(path).bias.data.zero_()
     terms = evidence.score_terms(model, decomposition, 0, torch.randint(7, (1, 5)))
     assert terms["static"].abs().max() > 1 and terms["rest"].abs().max() < 1e-9
-
 
 def test_what_a_pair_explains_alone_is_the_variance_that_goes_when_its_scores_are_taken_off():
     torch.manual_seed(0)
@@ -67,7 +63,6 @@ def test_what_a_pair_explains_alone_is_the_variance_that_goes_when_its_scores_ar
             expected = 1 - left.square().sum() / scores.square().sum()
             assert share[c, other].item() == pytest.approx(expected.item(), abs=1e-9)
 
-
 def test_the_attention_claim_has_the_spread_and_the_pairs_of_every_head(run, tmp_path):
     rows, _, figure = evidence.attention(run, tmp_path)
     # independently: the subcomponents of v whose norm in the second of two heads is over half that in the first
@@ -82,7 +77,6 @@ def test_the_attention_claim_has_the_spread_and_the_pairs_of_every_head(run, tmp
             assert len(shares) == 3 and shares == sorted(shares, reverse=True)
     assert len(figure.axes) == 10
 
-
 def test_mean_cosines_are_weighted_and_compare_the_alive_alone():
     U = {"A": torch.eye(3), "B": torch.eye(3)[:1]}
     V = {"A": torch.eye(3), "B": torch.eye(3)[:, :1]}
@@ -96,7 +90,6 @@ def test_mean_cosines_are_weighted_and_compare_the_alive_alone():
     alive = evidence.alive_only(one, metrics)
     for path, u in other.U.items():
         assert torch.equal(alive.U[path], u) and torch.equal(alive.V[path], other.V[path])
-
 
 def test_an_edit_writes_the_tokens_direction_and_is_taken_back_even_after_an_error(run):
     path, c, token = "h.1.mlp.down", 2, 7
@@ -113,7 +106,6 @@ def test_an_edit_writes_the_tokens_direction_and_is_taken_back_even_after_an_err
             torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
             raise KeyboardInterrupt
     assert torch.equal(module.weight, before)
-
 
 def test_the_effect_of_an_edit_is_measured_where_it_fires_near_and_elsewhere(run):
     path, c, token = "h.1.attn.o", 1, 5
@@ -132,7 +124,6 @@ def test_the_effect_of_an_edit_is_measured_where_it_fires_near_and_elsewhere(run
     assert found["KL near"] == pytest.approx(kl[1:3].mean().item(), rel=1e-3, abs=1e-7)  # 16 positions: all near
     assert found["KL elsewhere"] == pytest.approx(kl[others].mean().item(), rel=1e-3, abs=1e-7)
 
-
 def test_the_edited_subcomponent_is_the_one_that_fires_where_line_breaks_are(run):
     ids = torch.cat(gpt.validation_batches(run.ids, run.preset, "cpu"))
     text = [[run.tokenizer.decode([token]) for token in sequence] for sequence in ids.tolist()]
@@ -148,7 +139,6 @@ def test_the_edited_subcomponent_is_the_one_that_fires_where_line_breaks_are(run
     }
     assert evidence.clearest_at_line_breaks(run, ids, g) == ("h.1.attn.o", 1)
 
-
 def test_an_edit_is_shown_beside_a_control_of_the_same_matrix(run, tmp_path):
     weights = {name: x.clone() for name, x in run.model.state_dict().items()}
     rows, more, _ = evidence.edit(run, tmp_path)
@@ -158,7 +148,6 @@ def test_an_edit_is_shown_beside_a_control_of_the_same_matrix(run, tmp_path):
     assert name != control and control.startswith(f"{path}:") and path.endswith(gpt.WRITERS)
     assert rows[f"{name}, x 5"]["KL near"] > rows[f"{name}, x 0.5"]["KL near"]  # the stronger, the more it changes
     assert all(torch.equal(x, weights[key]) for key, x in run.model.state_dict().items())
-
 
 def test_a_transcoder_writes_with_its_k_largest_latents_and_its_attack_adds_the_others_back():
     torch.manual_seed(0)
@@ -177,7 +166,6 @@ def test_a_transcoder_writes_with_its_k_largest_latents_and_its_attack_adds_the_
     alive = [0, 1, 2, 4, 5, 6]
     assert torch.equal(latents.U[0], coder.decode.weight.T[alive])
     assert torch.equal(latents.V[0], coder.encode.weight.T[:, alive])
-
 
 @pytest.mark.parametrize("claim", ["losses", "frontier", "transcoders", "seeds", "attack"])
 def test_a_claim_ends_with_a_table_and_repeated_it_computes_nothing_anew(claim, run, tmp_path, monkeypatch):

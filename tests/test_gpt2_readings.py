@@ -13,7 +13,6 @@ import train_gpt2 as gpt
 import vpd
 from conftest import TEXT
 
-
 def test_clearness_is_the_share_of_the_three_commonest_tokens_beyond_chance():
     ids = torch.arange(100).repeat(4, 1)  # every token equally often
     usual = torch.full((100,), 0.01)
@@ -27,7 +26,6 @@ def test_clearness_is_the_share_of_the_three_commonest_tokens_beyond_chance():
     first[:, 0] = True
     assert gpt.commonest(sides["before"], first) == []  # nothing is before the first token
     assert gpt.clearness(sides["before"], usual, first) == 0
-
 
 class Page(HTMLParser):
     """The ids and links of a page; its entries; tags that are open, to see that they fit."""
@@ -50,7 +48,6 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         self.open_details -= tag == "details"
-
 
 def test_the_page_has_an_entry_for_every_subcomponent_that_fires_and_no_token_breaks_it(run, command):
     printed = command("--out", run.folder, "--report", "def first(", "'<b>'")
@@ -80,7 +77,6 @@ def test_the_page_has_an_entry_for_every_subcomponent_that_fires_and_no_token_br
         at = {run.tokenizer.decode([i]) for i in ids[fires].tolist()}
         assert {html.unescape(token) for token in marked} <= {x.replace("\n", "⏎").replace("\t", "→") for x in at}
 
-
 def test_entries_of_a_matrix_are_in_the_order_of_clearness_and_say_what_the_write_direction_raises(run, command):
     command("--out", run.folder, "--report")
     text = (run.folder / "report.html").read_text()
@@ -103,7 +99,6 @@ def test_entries_of_a_matrix_are_in_the_order_of_clearness_and_say_what_the_writ
     entry = text.split(f'<div id="{path}:{c}">')[1]
     assert "<dt>raises<dd>" + " ".join(gpt.code(run, i) for i in best) in entry
 
-
 def test_a_page_with_too_many_subcomponents_keeps_the_most_important(run, monkeypatch):
     means = json.loads((run.folder / "metrics.json").read_text())["matrices"]
     ids, g, _ = gpt.observe(run)
@@ -117,7 +112,6 @@ def test_a_page_with_too_many_subcomponents_keeps_the_most_important(run, monkey
         assert {int(c) for c in re.findall(rf'<div id="{path}:(\d)">', text)} == set(kept)
     assert "at most 2" in text
 
-
 def test_a_circuit_is_written_with_its_graph_and_three_prunings(run, command):
     printed = command("--out", run.folder, "--circuit", "def first(")
     assert "importances alone" in printed and (run.folder / "circuit.png").exists()
@@ -129,7 +123,6 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run, command):
     assert graph["nodes"][-1]["matrix"] == "outcome" and graph["edges"]
     active = [node for node in graph["nodes"] if "importance" in node]
     assert len(active) == made["prunings"]["stochastic and adversarial"]["nodes"]
-
 
 def test_the_numbers_of_a_pruning_are_those_of_its_masks(run, command):
     ids = gpt.encoded(run, "def first(")
@@ -144,12 +137,10 @@ def test_the_numbers_of_a_pruning_are_those_of_its_masks(run, command):
         assert judged[name] == pytest.approx(target[0, -1, 5].item(), rel=1e-4)
     assert judged["nodes"] == sum(x.numel() for x in ones.values())
 
-
 def test_a_run_in_bfloat16_can_be_read(run, command, monkeypatch):
     monkeypatch.setattr(run.decomposition, "bf16", True)
     gpt.report(run, ["def"])
     assert gpt.circuits(run, ["def"], None) and not gpt.observe(run)[1]["h.0.attn.q"].isnan().any()
-
 
 def test_the_readmes_section_on_python_runs_as_it_stands(run, capsys):
     readme = (Path(gpt.__file__).parent / "README.md").read_text()
@@ -157,7 +148,6 @@ def test_the_readmes_section_on_python_runs_as_it_stands(run, capsys):
     exec(code.replace('"runs/laptop"', repr(str(run.folder))), {})
     for line, done in zip(capsys.readouterr().out.strip().splitlines(), ("ablated", "edited"), strict=True):
         assert re.fullmatch(rf"h.0.mlp.down:\d {done}: \{{.+\}}", line)
-
 
 def test_another_decomposition_of_the_same_target_is_made_from_its_folder(run, tmp_path, command):
     half = tmp_path / "half"
@@ -185,7 +175,6 @@ def test_another_decomposition_of_the_same_target_is_made_from_its_folder(run, t
     (half / "target.pt").write_bytes(b"cut")
     with pytest.raises(SystemExit, match="target.pt is damaged"):
         command("--out", half, "--report")
-
 
 @pytest.mark.parametrize(
     "arguments, message",

@@ -13,10 +13,8 @@ import vpd
 EMBEDDINGS = ("tokens", "positions")
 MATRICES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
 
-
 class Silent(nn.Module):
     """A causal importance function that is never asked."""
-
 
 def small(seed=0, linear=False):
     """A random GPT in float64, a random decomposition of all its matrices, importances (some 0) and a prompt."""
@@ -33,7 +31,6 @@ def small(seed=0, linear=False):
             g[path][..., -1] = 0
     return model, vpd.Decomposition(U, V, Silent()), g, torch.randint(7, (1, 5))
 
-
 def frozen_forward(model, writes, batch):
     """The inputs of all matrices, and the output, when every matrix and embedding writes what is given."""
     inputs, handles = {}, []
@@ -47,7 +44,6 @@ def frozen_forward(model, writes, batch):
     output = model(batch)
     [handle.remove() for handle in handles]
     return inputs, output
-
 
 def test_an_edge_is_the_change_of_its_target_per_change_of_its_sources_write_with_all_else_frozen():
     model, decomposition, g, batch = small()
@@ -95,7 +91,6 @@ def test_an_edge_is_the_change_of_its_target_per_change_of_its_sources_write_wit
         slope = ((changed[0] - changed[1]) / 2e-5).item()
         assert edge["attribution"] == pytest.approx(slope, rel=1e-4, abs=1e-8), (source, target)
 
-
 def test_no_edge_runs_from_a_later_position_or_layer_and_only_attention_moves_between_positions():
     model, decomposition, g, batch = small()
     graph = vpd.attribution_graph(model, decomposition, g, batch, lambda logits: logits[0, -1, 3], EMBEDDINGS)
@@ -116,7 +111,6 @@ def test_no_edge_runs_from_a_later_position_or_layer_and_only_attention_moves_be
             assert source["position"] <= target["position"]
         else:
             assert source["position"] == target["position"]
-
 
 def test_on_a_linear_model_attributions_add_up_to_the_activation():
     torch.manual_seed(0)
@@ -147,13 +141,11 @@ def test_on_a_linear_model_attributions_add_up_to_the_activation():
     found = vpd.attributions(value, decomposition, masks, activations, writes)
     assert sum(x.sum() for x in found.values()).item() == pytest.approx(value.item(), rel=1e-9)
 
-
 def test_without_embeddings_the_first_matrix_has_no_sources_and_the_graph_is_still_made():
     model, decomposition, g, batch = small()
     graph = vpd.attribution_graph(model, decomposition, g, batch, lambda logits: logits[0, -1, 3])
     into = {graph["nodes"][edge["target"]]["matrix"] for edge in graph["edges"]}
     assert "h.0.attn.q" not in into and {"h.0.attn.o", "h.1.mlp.down", "outcome"} <= into
-
 
 def previous_token_model():
     """One attention layer that predicts, at every position, the token before, one subcomponent per mechanism.
@@ -180,7 +172,6 @@ def previous_token_model():
     for path in U:
         model.get_submodule(path).weight.data = (V[path] @ U[path]).T
     return model, vpd.Decomposition(U, V, Silent())
-
 
 def test_the_planted_previous_token_circuit_comes_out_on_top():
     model, decomposition = previous_token_model()
@@ -213,7 +204,6 @@ def test_the_planted_previous_token_circuit_comes_out_on_top():
         assert values == [(4, 1)], values
         assert kept["h.0.attn.o"][0].nonzero().tolist() == [[5, 1]]
 
-
 def description_length(active, groups, alpha):
     """Bits per position, by counting: of each position's active groups the name and all members."""
     bits = 0.0
@@ -222,7 +212,6 @@ def description_length(active, groups, alpha):
             if any(position[c] for c in group):
                 bits += math.log2(len(groups)) + alpha * len(group)
     return bits / len(active)
-
 
 def groupings(items):
     """All ways to part a list into groups."""
@@ -233,7 +222,6 @@ def groupings(items):
         yield [[items[0]], *rest]
         for i, group in enumerate(rest):
             yield [*rest[:i], [items[0], *group], *rest[i + 1 :]]
-
 
 @pytest.mark.parametrize("alpha", [0.5, 3.0])
 def test_clusters_cost_what_they_say_and_seldom_more_than_the_best_of_all_groupings(alpha):
@@ -251,7 +239,6 @@ def test_clusters_cost_what_they_say_and_seldom_more_than_the_best_of_all_groupi
         best_found += cost < best + 1e-6
     assert best_found >= 9  # greedy merging cannot take a merger back
 
-
 def test_planted_components_are_found_and_what_is_never_active_is_left_out():
     torch.manual_seed(0)
     jobs = torch.rand(4000, 7) < torch.tensor([0.02, 0.02, 0.05, 0.1, 0.1, 0.3, 0.0])
@@ -260,7 +247,6 @@ def test_planted_components_are_found_and_what_is_never_active_is_left_out():
     expected = {tuple((of_job == job).nonzero()[:, 0].tolist()) for job in range(6)} - {()}
     assert {tuple(sorted(group)) for group in groups} == expected
     assert vpd.cluster(torch.zeros(10, 3, dtype=torch.bool)) == {"groups": [], "bits_before": 0.0, "bits_after": 0.0}
-
 
 def test_similarity_is_the_largest_cosine_between_explicit_rank_one_matrices():
     torch.manual_seed(0)

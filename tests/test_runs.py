@@ -23,16 +23,13 @@ CONFIG = vpd.Config(steps=120, faithfulness_steps=20, w_importance=1e-4)
 def batches(generator):
     return torch.randn(32, 4, generator=generator)
 
-
 def net():
     torch.manual_seed(0)
     return Net().eval()
 
-
 def decompose_net(out, config=CONFIG, model=None, sizes=C, get_batch=batches, divergence=vpd.mse):
     """The run that the tests kill, resume and spoil. A checkpoint after every step."""
     return vpd.decompose(model or net(), sizes, get_batch, divergence, config, out, checkpoint_seconds=0)
-
 
 def same(a, b):
     """Equal to the last bit, through dicts, lists and tensors."""
@@ -43,7 +40,6 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
-
 
 def test_a_look_every_tenth_of_a_run_is_logged_and_changes_nothing(tmp_path):
     config = dataclasses.replace(CONFIG, steps=27)
@@ -59,14 +55,12 @@ def test_a_look_every_tenth_of_a_run_is_logged_and_changes_nothing(tmp_path):
     assert [line["step"] for line in lines if "norm" in line] == [*range(2, 28, 2), 27]  # every 27 // 10 steps, and last
     vpd.draw_run({"matrices": {}}, tmp_path / "seen" / "log.jsonl", tmp_path / "training.png")
 
-
 def in_a_process(function, *arguments):
     """Call the function in a process of its own, with one thread; returns its exit code."""
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     process.start()
     process.join()
     return process.exitcode
-
 
 def run_that_dies(folder, config=CONFIG, draw=None, save=None):
     """The run, which kills itself when it draws a batch the so-many-th time, or in the midst of its so-many-th save."""
@@ -88,7 +82,6 @@ def run_that_dies(folder, config=CONFIG, draw=None, save=None):
     torch.save = mortal_save
     decompose_net(folder, config, get_batch=mortal_batches)
 
-
 def test_a_run_killed_again_and_again_ends_bit_identical_to_one_that_was_never_interrupted(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert in_a_process(run_that_dies, whole) == 0
@@ -105,12 +98,10 @@ def test_a_run_killed_again_and_again_ends_bit_identical_to_one_that_was_never_i
         [line.pop("seconds") for line in lines]
     assert logs[0] == logs[1]
 
-
 def steps_saved(folder):
     """Steps in a folder's checkpoint. A checkpoint that is half-written would fail to load here."""
     path = Path(folder) / "checkpoint.pt"
     return torch.load(path, weights_only=True)["step"] if path.exists() else 0
-
 
 def test_a_run_that_saves_before_its_first_line_of_the_log_resumes(tmp_path):
     config = dataclasses.replace(CONFIG, steps=800)  # a line for every 4 steps
@@ -119,14 +110,12 @@ def test_a_run_that_saves_before_its_first_line_of_the_log_resumes(tmp_path):
     assert in_a_process(functools.partial(run_that_dies, tmp_path, config, draw=7)) == -signal.SIGKILL
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [4, 8]
 
-
 def test_a_seed_fixes_the_result_and_another_seed_changes_it():
     config = dataclasses.replace(CONFIG, steps=20)
     first, again = decompose_net(None, config), decompose_net(None, config)
     other = decompose_net(None, dataclasses.replace(config, seed=1))
     assert same(first.U, again.U) and same(first.G.state_dict(), again.G.state_dict())
     assert not same(first.U, other.U)
-
 
 def test_a_finished_run_is_loaded_and_not_repeated(tmp_path):
     config = dataclasses.replace(CONFIG, steps=10)
@@ -136,9 +125,7 @@ def test_a_finished_run_is_loaded_and_not_repeated(tmp_path):
     assert same(first.U, again.U) and same(first.G.state_dict(), again.G.state_dict())
     assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == written
 
-
 # --- Bad input ---
-
 
 class Tied(nn.Module):
     """Two matrices that share their memory, one as the transpose of the other."""
@@ -151,7 +138,6 @@ class Tied(nn.Module):
     def forward(self, x):
         return self.last(self.first(x))
 
-
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -159,7 +145,6 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.square(self.square(x))
-
 
 class InPlace(nn.Module):
     """Adds to its residual stream in place: after the matrix has read it."""
@@ -173,24 +158,19 @@ class InPlace(nn.Module):
         h += torch.relu(self.second(h))
         return h
 
-
 class CutOff(Net):
     def forward(self, x):
         return self.last(F.gelu(self.first(x)).detach())
-
 
 class Pair(Net):
     def forward(self, x):
         return super().forward(x), None
 
-
 class ByKeyword(Net):
     def forward(self, x):
         return self.last(input=F.gelu(self.first(input=x)))
 
-
 small = dataclasses.replace(CONFIG, steps=3)
-
 
 @pytest.mark.parametrize(
     "arguments, message",
@@ -223,20 +203,17 @@ def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(tmp_path, argumen
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
-
 def test_a_matrix_that_is_called_by_keyword_is_decomposed_like_any_other(tmp_path):
     model = ByKeyword().eval()
     model.load_state_dict(net().state_dict())
     plain, by_keyword = decompose_net(None, small), decompose_net(None, small, model=model)
     assert same(plain.U, by_keyword.U) and same(plain.V, by_keyword.V)
 
-
 def test_a_batch_of_another_shape_is_refused_and_the_checkpoint_kept(tmp_path):
     count = iter([32] * 4 + [31] * 9)
     with pytest.raises(vpd.BadInput, match=r"batch 3 has shape \(31, 4\), not \(32, 4\), as the first had"):
         decompose_net(tmp_path, get_batch=lambda generator: torch.randn(next(count), 4, generator=generator))
     assert steps_saved(tmp_path) == 3
-
 
 def test_a_target_that_turns_nan_stops_the_run_names_itself_and_keeps_the_checkpoint(tmp_path):
     drawn = iter(range(99))
@@ -245,14 +222,12 @@ def test_a_target_that_turns_nan_stops_the_run_names_itself_and_keeps_the_checkp
     assert steps_saved(tmp_path) == 3
     assert all(x.isfinite().all() for x in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["U"].values())
 
-
 def test_a_loss_that_turns_inf_stops_the_run_and_is_named(tmp_path):
     calls = iter(range(10**6))
     with pytest.raises(vpd.BadInput, match="the (stochastic|adversarial) .*is not finite at step 5"):
         # four evaluations a step: two inner ascents, the stochastic and the adversarial loss
         decompose_net(tmp_path, divergence=lambda a, b: vpd.mse(a, b) * (torch.inf if next(calls) >= 20 else 1))
     assert steps_saved(tmp_path) == 5
-
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     decompose_net(tmp_path, small)
@@ -267,7 +242,6 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     with pytest.raises(vpd.BadInput, match=r"differs in: target model"):
         decompose_net(tmp_path, small, model=other)
 
-
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "cut", "foreign"])
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(tmp_path, content):
     decompose_net(tmp_path, small)
@@ -281,7 +255,6 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(tmp_path, con
     with pytest.raises(vpd.BadInput, match="checkpoint.pt is damaged or is not of this run") as error:
         decompose_net(tmp_path, small)
     assert "\n" not in str(error.value) and path.read_bytes() == content
-
 
 def stopped_run(folder, **began):
     """A run that stopped after 3 of 6 steps; its checkpoint says that it ran with these versions."""
@@ -298,7 +271,6 @@ def stopped_run(folder, **began):
     torch.save(state | {"versions": state["versions"] | began}, folder / "checkpoint.pt")
     return config
 
-
 def test_an_unfinished_run_of_another_device_is_refused_and_a_finished_one_is_loaded(tmp_path):
     config = stopped_run(tmp_path / "stopped", device="cuda")
     with pytest.raises(vpd.BadInput, match="stopped on cuda; cpu draws other numbers"):
@@ -311,7 +283,6 @@ def test_an_unfinished_run_of_another_device_is_refused_and_a_finished_one_is_lo
     loaded = decompose_net(tmp_path / "finished", small)
     assert same(loaded.U, finished.U) and same(loaded.G.state_dict(), finished.G.state_dict())
 
-
 def test_a_run_resumed_with_other_threads_or_another_torch_says_so_in_one_line(tmp_path, capsys):
     config = stopped_run(tmp_path / "other", threads=77, torch="1.0")
     decompose_net(tmp_path / "other", config)
@@ -321,11 +292,9 @@ def test_a_run_resumed_with_other_threads_or_another_torch_says_so_in_one_line(t
     decompose_net(tmp_path / "same", config)
     assert "warning" not in capsys.readouterr().err
 
-
 # --- Several processes ---
 
 TOGETHER = dataclasses.replace(CONFIG, steps=12, clip_UV=math.inf, clip_G=math.inf, w_frequency=0.1, w_importance=0.1)
-
 
 def joined_step(config, rows):
     """Two training steps on these rows of a fixed batch and of fixed sources; stochastic masks all 0.3, without routing.
@@ -342,10 +311,8 @@ def joined_step(config, rows):
     parameters = {**decomposition.U, **{"V" + k: v for k, v in decomposition.V.items()}, **dict(decomposition.G.named_parameters())}
     return losses, {name: x.grad for name, x in parameters.items()}, training.sources.detach()
 
-
 def without_chance(model, U, V, g, batch, target, divergence, generator, shrink):
     return vpd.adversarial_reconstruction(model, U, V, g, batch, target, divergence, torch.full_like(g, 0.3))
-
 
 def one_of_two(rank, folder):
     """What each of two processes does: a step on its half of the batch; a whole run; the same run, stopped once and resumed."""
@@ -375,7 +342,6 @@ def one_of_two(rank, folder):
     resumed = decompose_net(folder / "stopped", TOGETHER)
     torch.save((whole.U, resumed.U, whole.G.state_dict(), resumed.G.state_dict()), folder / f"run{rank}.pt")
     torch.distributed.destroy_process_group()
-
 
 def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_resume_bit_identical(tmp_path, monkeypatch):
     torch.multiprocessing.spawn(one_of_two, (tmp_path,), 2)

@@ -12,7 +12,6 @@ from torch import nn
 import toy_models
 import vpd
 
-
 def test_the_score_of_the_true_mechanisms_is_perfect_and_of_others_is_not():
     torch.manual_seed(0)
     columns = torch.randn(3, 5)  # (M, N)
@@ -35,19 +34,16 @@ def test_the_score_of_the_true_mechanisms_is_perfect_and_of_others_is_not():
     nothing, _ = toy_models.superposition_score(columns, truth[:0])
     assert nothing["mmcs"] == 0
 
-
 def test_features_that_the_target_does_not_represent_are_not_scored():
     columns = torch.eye(3, 4)  # the fourth column is zero
     subcomponents = torch.stack([columns * (torch.arange(4) == j) for j in range(3)])
     scores, _ = toy_models.superposition_score(columns, subcomponents)
     assert scores == pytest.approx({"mmcs": 1.0, "ml2r": 1.0, "true": 3})
 
-
 def alive(numbers, on_probes, matrices=None):
     """`toy_models.Alive` of subcomponents with these numbers and these importances (probes, alive)."""
     matrices = torch.zeros(len(numbers), 2, 3) if matrices is None else matrices
     return toy_models.Alive(torch.tensor(numbers), matrices, torch.tensor(on_probes))
-
 
 def residual_score(path, of_matrix):
     """The scores and the true groups of one matrix of a residual MLP with 4 features."""
@@ -56,14 +52,12 @@ def residual_score(path, of_matrix):
     groups = toy_models.score_residual_mlp(toy, {path: of_matrix}, matrices)
     return matrices[path], groups
 
-
 def test_a_feature_is_recovered_only_by_one_subcomponent_that_serves_no_other():
     on_probes = [[0.9, 0.0, 0.0, 0.0], [0.0, 0.9, 0.5, 0.0], [0.0, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.9]]
     scores, groups = residual_score("layers.0.in", alive([7, 8, 9, 5], on_probes))
     assert scores == {"features_recovered": 0.25}  # the second has two, the third and the fourth share one
     path = "layers.0.in"
     assert groups == [{(path, 7)}, {(path, 8), (path, 9)}, {(path, 5)}, {(path, 5)}]
-
 
 def test_an_out_matrix_is_scored_by_the_rank_of_the_sum_and_by_how_many_are_on():
     torch.manual_seed(0)
@@ -75,7 +69,6 @@ def test_an_out_matrix_is_scored_by_the_rank_of_the_sum_and_by_how_many_are_on()
     assert scores == {"rank": 2, "dense": 0.75}
     assert groups[-1] == {("layers.0.out", c) for c in (0, 1, 3)}
 
-
 def test_a_group_is_found_only_if_all_its_members_are_and_no_other_feature_has_the_same():
     jobs = (torch.arange(60)[:, None] % 3 == torch.arange(3)).float()  # (positions, jobs), one job at a time
     g = {"A": jobs[:, [0, 1, 2]], "B": jobs[:, [0, 1]]}
@@ -84,7 +77,6 @@ def test_a_group_is_found_only_if_all_its_members_are_and_no_other_feature_has_t
         figures = {}
         toy_models.score_groups(g, true, figures)
         assert figures == {"groups found": 3, "groups true": len(true), "groups exact": exact}
-
 
 def test_residual_mlp_computes_its_blocks_on_the_residual_stream():
     torch.manual_seed(0)
@@ -97,14 +89,12 @@ def test_residual_mlp_computes_its_blocks_on_the_residual_stream():
     torch.testing.assert_close(model(x), h @ model.embedding.T)
     torch.testing.assert_close(model.embedding.norm(dim=-1), torch.ones(toy.features))
 
-
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_published_residual_mlps_have_the_size_and_density_of_the_paper(layers):
     toy = toy_models.parse_name(f"resid_mlp{layers}", published=True)
     assert (toy.features, toy.dimensions, toy.neurons * layers) == (100, 1000, 50)
     present = toy.batch(torch.Generator().manual_seed(0), 5_000) != 0
     assert abs(present.float().mean() - 0.01) < 0.001
-
 
 def test_features_are_present_with_their_density_and_range():
     for name, least, density in (("tms_5-2", 0.0, 0.05), ("resid_mlp1", -1.0, 1 / 40)):
@@ -114,9 +104,7 @@ def test_features_are_present_with_their_density_and_range():
         assert abs(present.min() - least) < 0.01 and present.max() > 0.99
         assert abs(present.mean() - (1 + least) / 2) < 0.03
 
-
 UNKNOWN = ["tms", "tms_5", "tms_2-5", "resid_mlp4", "gpt2", "induction_8", "induction_3-9", "induction_4-5-5"]
-
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_model_is_refused_and_those_there_are_listed(name, tmp_path, monkeypatch):
@@ -124,7 +112,6 @@ def test_an_unknown_model_is_refused_and_those_there_are_listed(name, tmp_path, 
     with pytest.raises(SystemExit, match=f"^error: unknown model {name!r}.*tms_N-M") as stopped:
         toy_models.main()
     assert "\n" not in stopped.value.code and not (tmp_path / "run").exists()
-
 
 def test_a_folder_of_another_toy_run_is_refused(tmp_path):
     toy = toy_models.parse_name("tms_5-2")
@@ -134,7 +121,6 @@ def test_a_folder_of_another_toy_run_is_refused(tmp_path):
     (tmp_path / "target.pt").write_bytes(b"damaged")
     with pytest.raises(vpd.BadInput, match="target.pt is damaged"):
         toy_models.target_of_run(toy, 0, 2, tmp_path, "cpu")
-
 
 @pytest.mark.parametrize("name, last_picture", [("tms_2-1", "subcomponents_WT"), ("induction_2-3", "attention")])
 def test_a_command_writes_metrics_and_pictures_and_repeated_it_trains_nothing_anew(
@@ -156,7 +142,6 @@ def test_a_command_writes_metrics_and_pictures_and_repeated_it_trains_nothing_an
     monkeypatch.delattr(vpd, "training_step")
     toy_models.main()
     assert capsys.readouterr().out == printed
-
 
 def test_the_five_mechanisms_of_tms_5_2_are_found():
     torch.set_num_threads(1)
@@ -185,9 +170,7 @@ def test_the_five_mechanisms_of_tms_5_2_are_found():
     order = [figures[f"divergence, {masking}"] for masking in ("unmasked", "stochastic", "g as masks", "ablated")]
     assert order == sorted(order) and order[2] < order[3] / 5
 
-
 # ---- induction: the truth is known in weights and in importances ---------------------------------------------------
-
 
 def second_places(ids):
     """{position: first place of its token} of every token that was there before, in one sequence."""
@@ -196,7 +179,6 @@ def second_places(ids):
         if token in ids[1:t]:
             places[t] = ids.index(token, 1)
     return places
-
 
 @pytest.mark.parametrize("name, right", [("induction", 1.0), ("induction_5-9", 1.0), ("induction_16-9-12", 0.9)])
 def test_the_induction_transformer_copies_what_followed_the_last_time_and_else_predicts_nothing(name, right):
@@ -213,7 +195,6 @@ def test_the_induction_transformer_copies_what_followed_the_last_time_and_else_p
             assert right < 1 or logits[t].abs().max() < 0.7  # vectors in superposition overlap, and err
     assert len(copies) > 100 and sum(copies) / len(copies) >= right
 
-
 def planted(model):
     """A decomposition into the true mechanisms: U {path: (n, d_out)}, V {path: (d_in, n)}, by singular vectors."""
     U, V = {}, {}
@@ -225,14 +206,12 @@ def planted(model):
         V[path] = right[:, 0].T
     return U, V
 
-
 def importances(U, ids):
     """{path: (B, T, n + 1)}: 1 for every mechanism where it is needed, else 0."""
     g = {path: torch.zeros(*ids.shape, len(u) + 1) for path, u in U.items()}
     for path, (_, *place) in toy_models.needed(ids).items():
         g[path][tuple(place)] = 1.0
     return g
-
 
 def test_the_mechanisms_of_induction_are_needed_where_it_is_said_and_nowhere_else():
     """Brute force: ablate all that is not needed, and nothing happens; then any one that is, and the copy is lost."""
@@ -253,7 +232,6 @@ def test_the_mechanisms_of_induction_are_needed_where_it_is_said_and_nowhere_els
             one_less = masks | {path: masks[path].clone()}
             one_less[path][b, t, n] = 0.0
             assert largest_kl(one_less)[b] > 0.2, (path, b, t, n)
-
 
 def test_precision_and_recall_of_induction_count_what_is_on_and_what_is_needed():
     toy = toy_models.parse_name("induction_4-5")
@@ -278,7 +256,6 @@ def test_precision_and_recall_of_induction_count_what_is_on_and_what_is_needed()
     assert all(matrix["mmcs"] == pytest.approx(1, abs=1e-5) for matrix in metrics["matrices"].values())
     # 2 positions (a matrix q, k); 4 tokens (0.v, 0.o, 1.q, 1.k); 4 copied tokens (1.v, 1.o)
     assert sorted(len(group) for group in groups) == [2] * 6 + [4] * 4
-
 
 def test_the_graph_of_the_true_decomposition_is_the_induction_path_and_nothing_else():
     toy = toy_models.parse_name("induction")

@@ -22,7 +22,6 @@ import vpd
 
 TEXT = "def first(self, x):\n    return self.first(x) + 12\n\n\nclass Näme:\n\tdef second(self): return 'ß' \n" * 40
 
-
 def checkpoint(layers=2, width=128, context=10, vocabulary=11):
     """A random GPT-2 checkpoint in Hugging Face's layout."""
     torch.manual_seed(0)
@@ -39,7 +38,6 @@ def checkpoint(layers=2, width=128, context=10, vocabulary=11):
         for name in ("ln_1", "ln_2"):
             shapes |= {f"h.{i}.{name}.weight": (width,), f"h.{i}.{name}.bias": (width,)}
     return {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
-
 
 def logits_by_hand(state, ids, heads):
     """GPT-2 of one sequence in float64, position by position and head by head, straight from the checkpoint."""
@@ -66,7 +64,6 @@ def logits_by_hand(state, ids, heads):
         x = x + u @ state[f"h.{i}.mlp.c_proj.weight"] + state[f"h.{i}.mlp.c_proj.bias"]
     return norm(x, "ln_f") @ state["wte.weight"].T
 
-
 def write_safetensors(file, state, dtype):
     """A .safetensors file, written by hand: float32, or float16 or bfloat16 rounded to zero from its bits."""
     header, raw = {"__metadata__": {"format": "pt"}}, b""
@@ -81,7 +78,6 @@ def write_safetensors(file, state, dtype):
     header = json.dumps(header).encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + raw)
 
-
 def gpt2_folder(folder, state, dtype="F32", **changes):
     """A GPT-2's weights and config.json, as downloaded."""
     folder.mkdir(exist_ok=True)
@@ -91,14 +87,11 @@ def gpt2_folder(folder, state, dtype="F32", **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder
 
-
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
-
 
 def logits_of(folder):
     model, _ = gpt.load_target(folder)
     return model(torch.tensor([IDS]))[0].detach().numpy()
-
 
 @pytest.mark.parametrize("dtype, tolerance", [("F32", 1e-3), ("F16", 0.02), ("BF16", 0.1)])
 @pytest.mark.parametrize("prefix", ["", "transformer."])
@@ -111,7 +104,6 @@ def test_a_folder_as_it_is_downloaded_gives_the_logits_of_gpt2_computed_by_hand(
     assert abs(logits - logits_by_hand(state, IDS, heads=2)).max() > 0.15  # the heads are those of config.json
     gpt2_folder(tmp_path, state, n_head=4, layer_norm_epsilon=0.5)
     assert abs(logits_of(tmp_path) - logits).max() > 0.1  # read, too
-
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "untied", "activation"])
 def test_a_checkpoint_that_is_not_gpt2_is_refused_by_the_name_of_what_is_wrong(change, tmp_path):
@@ -129,7 +121,6 @@ def test_a_checkpoint_that_is_not_gpt2_is_refused_by_the_name_of_what_is_wrong(c
     with pytest.raises(vpd.BadInput, match=wrong) as refused:
         gpt.load_target(gpt2_folder(tmp_path, state, **changes))
     assert "\n" not in str(refused.value)
-
 
 # Those of GPT-2's 50,000 merges that can act on the texts below, in their order (a merge of "a" and "b" is "a b").
 GPT2_MERGES = (
@@ -164,7 +155,6 @@ GPT2_TOKENS = {
     "hello \U0001f44b world \U0001f30d": "hello ĠðŁĳ ĭ Ġworld ĠðŁ Į į",  # of GPT-3-Encoder (Encoder.test.js)
 }
 
-
 def tokenizer_files(folder):
     """vocab.json and merges.txt of a GPT-2 that knows GPT2_MERGES alone."""
     pairs = [pair.split(" ") for pair in GPT2_MERGES.split(",")]
@@ -175,7 +165,6 @@ def tokenizer_files(folder):
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     return names
 
-
 def test_gpt2s_tokens_are_those_of_another_implementation(tmp_path):
     names = tokenizer_files(tmp_path)
     tokenizer = gpt.gpt2_tokenizer(tmp_path)
@@ -184,9 +173,7 @@ def test_gpt2s_tokens_are_those_of_another_implementation(tmp_path):
         assert [names[i] for i in ids] == tokens.split(" ")
         assert tokenizer.decode(ids) == text
 
-
 HARD_FOR_GPT2 = ["\u0663\u0664 x\u00b2\u2167", "\U0001f600\U0001f1e9", "\x00\x1c\x7f\x85 \u3000", "It's 'S \u2019s", ""]
-
 
 @pytest.mark.parametrize("text", HARD_FOR_GPT2)
 def test_gpt2s_pieces_hold_the_whole_text_and_part_letters_numbers_and_space(text, tmp_path):
@@ -198,7 +185,6 @@ def test_gpt2s_pieces_hold_the_whole_text_and_part_letters_numbers_and_space(tex
     tokenizer_files(tmp_path)
     tokenizer = gpt.gpt2_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
 
 def test_half_a_surrogate_pair_and_files_of_another_tokenizer_are_refused_in_one_line(tmp_path):
     tokenizer_files(tmp_path)
@@ -213,7 +199,6 @@ def test_half_a_surrogate_pair_and_files_of_another_tokenizer_are_refused_in_one
     with pytest.raises(vpd.BadInput, match="lacks vocab.json or merges.txt"):
         gpt.gpt2_tokenizer(tmp_path)
 
-
 def test_a_bin_takes_the_tokenizer_of_a_gpt2_folder_only_if_the_model_has_as_many_tokens(tmp_path):
     names = tokenizer_files(tmp_path / "gpt2")
     np.arange(4000, dtype=np.uint16).tofile(tmp_path / "ids.bin")
@@ -222,16 +207,13 @@ def test_a_bin_takes_the_tokenizer_of_a_gpt2_folder_only_if_the_model_has_as_man
         assert len(ids) == 4000 and (tokenizer is not None) == serves
     assert gpt.Tokenizer([], gpt2=True).decode([39, 72, 50256]) == "Hi<50256>"
 
-
 HARD_TEXTS = ["", " ", "\r\n\t x", "naïve 字 \U0001f600 e\u0301", "a\x00b", "____init____(self)", "٣٤ x²"]
 HARD_TEXTS += ["\n\n\n    \n"]
-
 
 @pytest.mark.parametrize("text", HARD_TEXTS)
 def test_the_tokenizer_loses_nothing(text):
     tokenizer = gpt.Tokenizer.learn(TEXT, 300)
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
 
 def test_the_tokenizer_learns_the_merges_of_byte_pair_encoding_done_from_scratch_each_time():
     tokenizer = gpt.Tokenizer.learn(TEXT, 320)
@@ -244,10 +226,8 @@ def test_the_tokenizer_learns_the_merges_of_byte_pair_encoding_done_from_scratch
     # and encoding applies them in that order
     assert [t for word in words for t in word] == tokenizer.encode(TEXT).tolist()
 
-
 def test_white_space_before_a_word_is_one_piece_but_for_one_space_that_belongs_to_the_word():
     assert gpt.PIECES.findall("a b\n\n    c  d __e(3) \t") == ["a", " b", "\n\n    ", "c", "  ", "d", " __", "e", "(", "3", ")", " \t"]
-
 
 def test_validation_windows_never_overlap_training_windows_and_lie_all_over_the_corpus():
     ids, T = np.arange(50_000, dtype=np.uint16), 16
@@ -259,14 +239,12 @@ def test_validation_windows_never_overlap_training_windows_and_lie_all_over_the_
     starts, _ = gpt.windows(len(long), T, True)
     assert starts.min() < 0.25 * len(long) and starts.max() > 0.75 * len(long) and len(starts) >= 4
 
-
 def test_the_share_of_compute_recovered_is_read_off_the_targets_curve():
     curve = [(0, 6.0), (100, 4.0), (200, 3.0), (400, 2.0)]
     assert gpt.compute_recovered(curve, 7.0) == 0.0
     assert gpt.compute_recovered(curve, 3.5) == pytest.approx(150 / 400)
     assert gpt.compute_recovered(curve, 2.0) == 1.0
     assert gpt.compute_recovered(curve, 1.9) == 1.0
-
 
 BAD = {
     "no such file": ("missing.txt", None, "cannot be read"),
@@ -275,7 +253,6 @@ BAD = {
     "not UTF-8": ("latin.txt", b"na\xefve text" * 1000, "utf-8"),
     "odd length": ("odd.bin", b"abc", "uint16 or uint32"),
 }
-
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_data_ends_in_one_line_and_leaves_no_folder(case, command, tmp_path):
@@ -287,7 +264,6 @@ def test_bad_data_ends_in_one_line_and_leaves_no_folder(case, command, tmp_path)
     assert stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code
     assert not (tmp_path / "run").exists()
 
-
 @pytest.mark.parametrize("vocabulary", [4, 200, 50_257, 65_536, 100_000, 262_144])
 def test_a_bin_is_read_as_what_it_is_uint16_or_uint32(vocabulary, tmp_path, capsys):
     ids = np.random.default_rng(0).integers(0, vocabulary, 5000)
@@ -296,13 +272,11 @@ def test_a_bin_is_read_as_what_it_is_uint16_or_uint32(vocabulary, tmp_path, caps
         assert gpt.read_bin(tmp_path / "ids.bin").tolist() == ids.tolist()
         assert ("is read as uint32" in capsys.readouterr().err) == (dtype is np.uint32)
 
-
 def test_ids_beyond_uint16_are_kept_from_text_to_model(tmp_path, monkeypatch):
     tokenizer = gpt.Tokenizer([(97, 98)] * 66_000)  # all are the same merge: the last number counts
     assert tokenizer.encode("ab").tolist() == [256 + 65_999]
     batch = gpt.sample(np.full(4000, 66_255, np.uint32), 8, 2, False, torch.Generator())
     assert (batch == 66_255).all()
-
 
 def test_a_bin_of_any_ids_gets_an_embedding_that_holds_them(command, small, tmp_path, capsys):
     ids = np.random.default_rng(0).integers(0, 50_257, 4000)
@@ -316,13 +290,11 @@ def test_a_bin_of_any_ids_gets_an_embedding_that_holds_them(command, small, tmp_
     with pytest.raises(SystemExit, match="token id 50256, but the target's vocabulary has 50000"):
         command("--init-from", tmp_path / "run", "--out", tmp_path / "other")
 
-
 def small_preset(**changes):
     config = vpd.Config(steps=6, faithfulness_steps=5, G_type="transformer", G_width=32, G_blocks=1, G_heads=2)
     C = {"attn.q": 4, "attn.o": 4, "mlp.up": 6, "mlp.down": 6}
     config = dataclasses.replace(config, **changes)
     return gpt.Preset(gpt.Shape(2, 16, 2, 8, 270), 4, 30, 3e-3, C, config)
-
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
@@ -333,7 +305,6 @@ def small(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     return small_preset()
 
-
 def test_the_evaluation_set_depends_on_the_target_alone(small):
     ids = np.arange(50_000, dtype=np.uint16)
     expected = gpt.validation_batches(ids, small, "cpu")
@@ -343,7 +314,6 @@ def test_the_evaluation_set_depends_on_the_target_alone(small):
         assert all(map(torch.equal, expected, gpt.validation_batches(ids, changed, "cpu")))
     some = gpt.validation_batches(ids, small, "cpu", 64)
     assert len(some) == 1 and some[0].equal(expected[0])
-
 
 def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parameters_in_float32():
     torch.manual_seed(0)
@@ -364,7 +334,6 @@ def test_a_step_in_bfloat16_has_the_losses_of_float32_and_keeps_delta_and_parame
         logits = model(batch)
     assert logits.dtype == torch.float32 and not logits.equal(model(batch))  # the products are, the logits are not
 
-
 def results(folder):
     """What a run computed, without how long it took."""
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -375,11 +344,9 @@ def results(folder):
         del line["seconds"]
     return metrics, log, torch.load(folder / "decomposition" / "checkpoint.pt", weights_only=True)["U"]
 
-
 def equal(one, other):
     (metrics, log, U), (its_metrics, its_log, its_U) = results(one), results(other)
     return metrics == its_metrics and log == its_log and all(x.equal(its_U[path]) for path, x in U.items())
-
 
 def test_a_whole_run_in_small_is_what_its_files_say(command, small, tmp_path, monkeypatch):
     printed = command("--data", tmp_path / "text.txt", "--out", tmp_path / "run")
@@ -414,7 +381,6 @@ def test_a_whole_run_in_small_is_what_its_files_say(command, small, tmp_path, mo
     monkeypatch.setattr(gpt, "open_run", lambda *_: pytest.fail("done again"))
     assert "loss of the target" in command("--data", tmp_path / "text.txt", "--out", tmp_path / "run")
 
-
 def test_a_run_killed_in_any_stage_goes_on_when_its_command_is_repeated_and_ends_the_same(
     command, small, tmp_path, monkeypatch
 ):
@@ -448,7 +414,6 @@ def test_a_run_killed_in_any_stage_goes_on_when_its_command_is_repeated_and_ends
     with pytest.raises(SystemExit, match="holds something else than a run"):
         command("--out", tmp_path)
 
-
 DRIVER = """
 import dataclasses, functools, sys
 import train_gpt2 as gpt, vpd
@@ -479,7 +444,6 @@ distributed.barrier()
 destroy()
 """
 
-
 def test_two_processes_of_torchrun_go_on_where_they_were_stopped_and_end_the_same(small, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     here = Path(gpt.__file__).parent
@@ -492,7 +456,6 @@ def test_two_processes_of_torchrun_go_on_where_they_were_stopped_and_end_the_sam
     made = json.loads((tmp_path / "killed" / "decomposition" / "run.json").read_text())
     assert made["run"]["number of processes"] == 2
     assert equal(tmp_path / "whole", tmp_path / "killed")
-
 
 def test_a_gpt2_folder_is_decomposed_and_asked_about_prompts_after_it_is_gone(command, small, tmp_path):
     folder, out = tmp_path / "gpt2", tmp_path / "run"
@@ -512,7 +475,6 @@ def test_a_gpt2_folder_is_decomposed_and_asked_about_prompts_after_it_is_gone(co
     ids = torch.randint(len(names), (2, 8))
     assert gpt.load(out).model(ids).equal(original(ids))
 
-
 def test_a_gpt2_without_tokenizer_is_decomposed_on_ids_and_its_page_shows_numbers(command, small, tmp_path):
     folder, out = gpt2_folder(tmp_path / "gpt2", checkpoint(layers=1, width=64, vocabulary=270)), tmp_path / "run"
     np.random.default_rng(0).integers(0, 270, 4000).astype(np.uint16).tofile(tmp_path / "ids.bin")
@@ -528,12 +490,10 @@ def test_a_gpt2_without_tokenizer_is_decomposed_on_ids_and_its_page_shows_number
     with pytest.raises(SystemExit, match="has no tokenizer for prompts"):
         command("--out", out, "--report", "def")
 
-
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(small, monkeypatch):
     monkeypatch.setattr(vpd, "world_size", lambda: 3)
     with pytest.raises(vpd.BadInput, match="batch of 4 does not divide over 3 processes"):
         gpt.fit_preset(gpt.SETTINGS, small.shape)
-
 
 class GatedMLP(nn.Module):
     def __init__(self, width):
@@ -542,7 +502,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-
 
 class Variant(nn.Module):
     """A gated MLP, RMSNorm, and no positions table."""
@@ -562,7 +521,6 @@ class Variant(nn.Module):
             x = x + layer.attn(layer.norms[0](x))
             x = x + layer.mlp(layer.norms[1](x))
         return self.norm(x) @ self.tokens.weight.T
-
 
 def test_another_architecture_runs_and_is_read_when_only_the_class_and_its_names_are_changed(
     command, small, tmp_path, monkeypatch

@@ -15,7 +15,6 @@ from torch import nn
 
 import vpd
 
-
 class Net(nn.Module):
     """Two linear layers, one with a bias, a nonlinearity in between; any input shape (..., 4) -> (..., 3)."""
 
@@ -27,9 +26,7 @@ class Net(nn.Module):
     def forward(self, x):
         return self.last(F.gelu(self.first(x)))
 
-
 C = {"first": 6, "last": 7}
-
 
 def make(seed=0, dtype=torch.float64, shape=(2, 3)):
     """A net, U, V, a batch of `shape` positions, and masks for it."""
@@ -41,21 +38,17 @@ def make(seed=0, dtype=torch.float64, shape=(2, 3)):
     masks = {path: torch.rand(*shape, C[path] + 1, dtype=dtype) for path in C}
     return model, U, V, torch.randn(*shape, 4, dtype=dtype), masks
 
-
 def explicit_weight(W, U, V, m):
     """W'(m) of one position, term by term from the definition."""
     delta = W - sum(torch.outer(U[c], V[:, c]) for c in range(len(U)))
     return sum(m[c] * torch.outer(U[c], V[:, c]) for c in range(len(U))) + m[-1] * delta
-
 
 def explicit_output(model, U, V, masks, x, position):
     """The net at one position, with its own weights built for it."""
     weights = {p: explicit_weight(model.get_submodule(p).weight, U[p], V[p], masks[p][position]) for p in C}
     return weights["last"] @ F.gelu(weights["first"] @ x[position] + model.first.bias)
 
-
 # --- 1  the masked forward pass ---
-
 
 @pytest.mark.parametrize("routed", list(itertools.product([True, False], repeat=2)))
 @pytest.mark.parametrize("delta", ["0", "1", "between"])
@@ -71,12 +64,10 @@ def test_masked_forward_is_the_forward_with_the_explicit_weights(routed, delta, 
     for position in itertools.product(*map(range, shape)):
         torch.testing.assert_close(output[position], explicit_output(model, U, V, masks, x, position), rtol=1e-12, atol=1e-12)
 
-
 def test_masks_of_one_give_the_target_to_the_last_bit():
     model, U, V, x, masks = make(dtype=torch.float32)
     ones = {path: torch.ones_like(m) for path, m in masks.items()}
     assert torch.equal(vpd.masked_forward(model, U, V, ones, x), model(x))
-
 
 def test_a_masked_pass_leaves_no_trace_even_if_it_raises():
     model, U, V, x, masks = make(dtype=torch.float32)
@@ -89,11 +80,9 @@ def test_a_masked_pass_leaves_no_trace_even_if_it_raises():
     assert all(torch.equal(a, b) for a, b in zip(weights.values(), model.state_dict().values()))
     assert not any(module._forward_hooks for module in model.modules())
 
-
 # --- 3  leaky hard sigmoids and masks ---
 
 GRID = [-3.0, -1e-3, 0.0, 1e-3, 0.5, 0.999, 1.001, 4.0]
-
 
 @pytest.mark.parametrize("incoming", [-2.0, 3.0])
 def test_lower_leaky_gradient(incoming):
@@ -103,7 +92,6 @@ def test_lower_leaky_gradient(incoming):
     g.backward(torch.full_like(g, incoming))
     leak = 0.01 * incoming if incoming < 0 else 0.0  # only where descent would raise g
     assert z.grad.tolist() == [leak if x <= 0 else incoming if x <= 1 else 0.0 for x in GRID]
-
 
 def test_upper_leaky_value_and_gradient():
     z = torch.tensor(GRID, dtype=torch.float64, requires_grad=True)
@@ -115,7 +103,6 @@ def test_upper_leaky_value_and_gradient():
     g.sum().backward()
     torch.testing.assert_close(z.grad[inner], slope[inner], rtol=1e-6, atol=1e-9)
 
-
 def test_importance_one_pins_a_mask_and_delta_is_always_free():
     U = {"a": torch.zeros(3, 1), "b": torch.zeros(1, 1)}
     z = torch.tensor([[5.0, -5.0, 0.25, 1.0]])
@@ -125,9 +112,7 @@ def test_importance_one_pins_a_mask_and_delta_is_always_free():
     torch.testing.assert_close(masks["b"], torch.tensor([[1.0, 0.6]]))
     assert torch.equal(vpd.side_by_side(masks)[0, :3], masks["a"][0, :3])
 
-
 # --- 3  causal importance functions ---
-
 
 def test_each_importance_mlp_is_its_own_mlp_on_its_own_activation():
     model, U, V, x, _ = make(dtype=torch.float32, shape=(2, 3))
@@ -143,7 +128,6 @@ def test_each_importance_mlp_is_its_own_mlp_on_its_own_activation():
             torch.testing.assert_close(z[path][..., c], 4 * hidden @ G.w_out[index, :, 0].abs() + G.b_out[index, 0, 0], rtol=1e-4, atol=1e-5)
             index += 1
 
-
 def test_rotary_embedding_makes_scores_depend_on_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(2, 8, dtype=torch.float64)
@@ -158,7 +142,6 @@ def test_rotary_embedding_makes_scores_depend_on_distance_alone():
     expected = (complex_q.conj() * complex_k * torch.polar(torch.ones(4).double(), 3 * angle)).real.sum()
     torch.testing.assert_close(scores[2, 5], expected, rtol=1e-5, atol=1e-5)
 
-
 def test_importance_transformer_sees_both_directions_and_not_the_other_sequences():
     torch.manual_seed(0)
     shapes = {"a": (4, 3), "b": (6, 5)}
@@ -171,7 +154,6 @@ def test_importance_transformer_sees_both_directions_and_not_the_other_sequences
     assert changed[0].all() and not changed[1].any()
     scaled = G({p: 100 * x for p, x in inputs.items()}, {}, {})
     torch.testing.assert_close(scaled, G(inputs, {}, {}), rtol=1e-3, atol=1e-3)  # inputs are RMS-normalised
-
 
 def test_a_score_of_the_transformer_sees_the_size_of_its_own_activation_and_of_no_other():
     model, U, V, x, _ = make(dtype=torch.float32, shape=(2, 3))
@@ -187,9 +169,7 @@ def test_a_score_of_the_transformer_sees_the_size_of_its_own_activation_and_of_n
             torch.testing.assert_close(added[..., column], G.gain[column] * a.abs(), rtol=1e-4, atol=1e-5)
             column += 1
 
-
 # --- 4  the five losses ---
-
 
 def test_divergences_against_their_definitions():
     torch.manual_seed(0)
@@ -197,7 +177,6 @@ def test_divergences_against_their_definitions():
     p, q = target.softmax(-1), output.softmax(-1)
     torch.testing.assert_close(vpd.kl(target, output).double(), (p * (p / q).log()).sum(-1).mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(vpd.mse(target, output).double(), ((target - output) ** 2).mean(), rtol=1e-5, atol=1e-6)
-
 
 @pytest.mark.parametrize("p", [2.0, 1.0, 0.4])
 def test_minimality_losses_against_their_definitions_and_over_a_split_batch(p):
@@ -219,19 +198,16 @@ def test_minimality_losses_against_their_definitions_and_over_a_split_batch(p):
         torch.testing.assert_close(loss(S_parts, positions_parts), loss(S, positions))
         assert loss(*parts[0]) + loss(*parts[1]) != pytest.approx(2 * loss(S, positions).item(), rel=1e-3)
 
-
 def test_minimality_gradient_is_finite_where_importances_are_zero():
     z = torch.tensor([[0.0, -1.0, 1e-38, 0.5]], requires_grad=True)
     S, positions = vpd.usage(z, 0.4)
     vpd.frequency_minimality(S, positions).backward()
     assert z.grad.isfinite().all() and z.grad[0, 1] == 0 and z.grad[0, 3] > 0
 
-
 def test_delta_l2_against_the_definition():
     model, U, V, *_ = make()
     total = sum((explicit_weight(model.get_submodule(p).weight, U[p], V[p], torch.tensor([0.0] * C[p] + [1.0])) ** 2).sum() for p in C)
     assert vpd.delta_l2(model, U, V).item() == pytest.approx((total / (20 + 15)).item(), rel=1e-5)
-
 
 def test_routing_draws_a_uniform_number_of_uniformly_chosen_matrices():
     L, n = 3, 60_000
@@ -248,9 +224,7 @@ def test_routing_draws_a_uniform_number_of_uniformly_chosen_matrices():
         expected = n / L / math.comb(L, k) if k else 0  # k ~ Uniform{1..L}, then any of the subsets of size k
         assert abs(counts.get(subset, 0) - expected) <= 5 * math.sqrt(expected), subset
 
-
 # --- 5, 6  the adversary and the training step ---
-
 
 def start(config, seed=0, shape=(16,)):
     """A net and a training at step 0, float32."""
@@ -261,7 +235,6 @@ def start(config, seed=0, shape=(16,)):
     training = vpd.initialize(model, C, x, config)
     vpd.fit_weights(model, training.decomposition, config)
     return model, training, x
-
 
 @pytest.mark.parametrize("shrink", [0.0, 1.0, 2.0])
 def test_all_random_sources_of_a_position_shrink_together_and_matrices_left_out_stay_whole(shrink, monkeypatch):
@@ -278,7 +251,6 @@ def test_all_random_sources_of_a_position_shrink_together_and_matrices_left_out_
     mean_square = (1 / 4 + 1 / (12 * n)) / (1 + 2 * shrink)  # E (u^s)^2 E mean(r)^2
     assert first[:, :-1].mean(-1).square().mean().item() == pytest.approx(mean_square, rel=0.05)
     assert second[:, -1].mean().item() == pytest.approx(1 / (2 * (1 + shrink)), rel=0.05)  # Delta's, too
-
 
 def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
     config = vpd.Config(G_type="mlp", adversary_lr=0.05)
@@ -298,7 +270,6 @@ def test_the_adversary_ascends_and_its_sources_stay_between_0_and_1():
     ]
     assert found[-1] > found[0] and found[-1] > max(random)
     assert (sources == 1).any() and (sources == 0).any()  # the clamp was needed
-
 
 def test_the_gradients_of_a_step_are_those_of_the_total_worked_out_by_hand(monkeypatch):
     """In float64, with weights that are built position by position, as their definition says."""
@@ -346,7 +317,6 @@ def test_the_gradients_of_a_step_are_those_of_the_total_worked_out_by_hand(monke
     torch.testing.assert_close(gradients, [uphill], rtol=1e-9, atol=1e-12)
     assert all(parameter.grad is None for parameter in model.parameters())  # the target gets none
 
-
 def test_under_autocast_scores_are_float32_masks_lie_between_0_and_1_and_evaluation_has_the_precision_of_training():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 4), Net()).eval()
@@ -369,7 +339,6 @@ def test_under_autocast_scores_are_float32_masks_lie_between_0_and_1_and_evaluat
         assert all(torch.equal(trained[path], g[path]) for path in g)
         assert any(not torch.equal(other[path], g[path]) for path in g)
 
-
 def test_a_start_leaves_all_random_states_as_they_were(monkeypatch):
     def never(seed):
         raise AssertionError("torch.manual_seed reseeds the generators of all devices")
@@ -379,7 +348,6 @@ def test_a_start_leaves_all_random_states_as_they_were(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", never)
     vpd.initialize(model, C, torch.zeros(2, 4), vpd.Config())
     assert torch.equal(torch.get_rng_state(), before)
-
 
 def test_weights_sources_data_and_noise_draw_from_streams_of_their_own():
     model, x = Net().eval(), torch.zeros(50, 4)
@@ -391,7 +359,6 @@ def test_weights_sources_data_and_noise_draw_from_streams_of_their_own():
     second = vpd.initialize(model, C, x, vpd.Config(), process=1)
     assert torch.equal(second.decomposition.U["first"], training.decomposition.U["first"])
     assert not torch.equal(second.sources, training.sources) and second.noise_generator.initial_seed() != training.noise_generator.initial_seed()
-
 
 def test_u_and_v_step_by_orthogonal_matrices_with_muon_and_by_adamw_without():
     for muon in (2.0, 0.0):
@@ -408,7 +375,6 @@ def test_u_and_v_step_by_orthogonal_matrices_with_muon_and_by_adamw_without():
                 else:  # the first step of Adam is lr in every entry
                     torch.testing.assert_close(step.abs(), torch.full_like(step, config.lr), rtol=1e-2, atol=1e-7)
 
-
 def muon_step(gradients, steps=1, lr=0.5):
     """What Muon adds to matrices of zeros for these gradients, divided by its lr and by 0.2 sqrt(the longer side)."""
     matrices = [torch.zeros_like(x).requires_grad_() for x in gradients]
@@ -418,7 +384,6 @@ def muon_step(gradients, steps=1, lr=0.5):
             x.grad = gradient.clone()
         muon.step()
     return [-x.detach() / (0.2 * lr * max(x.shape) ** 0.5) for x in matrices]
-
 
 def test_a_step_of_muon_has_the_singular_vectors_of_the_gradient_and_singular_values_near_one():
     """By an SVD in float64. Between 0.68 and 1.21: the least and largest value that five rounds of the quintic make of
@@ -434,7 +399,6 @@ def test_a_step_of_muon_has_the_singular_vectors_of_the_gradient_and_singular_va
         assert large.sum() >= len(size) - 1 and turned.diagonal().min() >= 0
         assert turned.diagonal()[large].min() > 0.68 and turned.diagonal()[large].max() < 1.21
 
-
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
 def test_steps_of_muon_are_those_of_torch_up_to_the_rounding_of_bfloat16():
     torch.manual_seed(0)
@@ -448,14 +412,12 @@ def test_steps_of_muon_are_those_of_torch_up_to_the_rounding_of_bfloat16():
         expected = -matrix.detach() / (0.2 * max(x.shape) ** 0.5)
         assert (ours - expected).norm() < 0.02 * expected.norm()  # bfloat16 rounds by up to 1 / 256
 
-
 def test_muon_takes_finite_steps_for_gradients_of_lower_rank_and_none_for_zero():
     torch.manual_seed(0)
     low = torch.outer(torch.randn(6), torch.randn(9))
     step, none = muon_step([low, torch.zeros(6, 9)])
     assert step.isfinite().all() and 0.68 < torch.linalg.matrix_norm(step, 2) < 1.21
     assert torch.linalg.matrix_rank(step, rtol=1e-3) == 1 and not none.any()
-
 
 def test_a_training_step_never_changes_the_target():
     config = vpd.Config(G_type="mlp")
@@ -466,7 +428,6 @@ def test_a_training_step_never_changes_the_target():
     assert all(torch.equal(a, b) for a, b in zip(weights.values(), model.state_dict().values()))
     assert torch.equal(model(x), before)
 
-
 def test_the_warmup_fits_the_weights_with_u_and_v_alone():
     model, training, x = start(vpd.Config(G_type="mlp", faithfulness_steps=0))
     _, warm, _ = start(vpd.Config(G_type="mlp"))
@@ -474,7 +435,6 @@ def test_the_warmup_fits_the_weights_with_u_and_v_alone():
     assert after < before / 5
     G, warm_G = training.decomposition.G.state_dict(), warm.decomposition.G.state_dict()
     assert all(torch.equal(G[key], warm_G[key]) for key in G)
-
 
 def test_a_sequence_model_goes_through_the_same_decompose():
     torch.manual_seed(0)
@@ -485,7 +445,6 @@ def test_a_sequence_model_goes_through_the_same_decompose():
     metrics = vpd.evaluate(model, decomposition, [torch.randint(11, (3, 5))], vpd.kl)
     assert metrics["figures"]["C"] == 13 and metrics["figures"]["evaluated positions"] == 15
     assert all(name in vpd.table(metrics) for name in (*metrics["figures"], *paths))
-
 
 def test_the_readmes_own_model_comes_out_as_it_says(tmp_path, capsys):
     readme = (Path(vpd.__file__).parent / "README.md").read_text()
@@ -498,9 +457,7 @@ def test_the_readmes_own_model_comes_out_as_it_says(tmp_path, capsys):
     for name in ("divergence, unmasked", "divergence, rounded at 0", "fresh adversary, 80 steps"):
         assert float(found[name]) < 0.01 * float(promised["divergence, ablated"])
 
-
 # --- 8  evaluation ---
-
 
 def small_decomposition(model, sizes, seed=0):
     torch.manual_seed(seed)
@@ -511,12 +468,10 @@ def small_decomposition(model, sizes, seed=0):
     torch.nn.init.normal_(G.b_out)
     return vpd.Decomposition(U, V, G)
 
-
 def test_evaluation_batches_of_unequal_shape_are_refused():
     model = Net().eval()
     with pytest.raises(vpd.BadInput, match="evaluation batches differ in shape"):
         vpd.evaluate(model, small_decomposition(model, C), [torch.randn(8, 4), torch.randn(7, 4)], vpd.mse)
-
 
 def test_evaluation_against_explicit_weights_and_counts():
     torch.manual_seed(1)
@@ -544,7 +499,6 @@ def test_evaluation_against_explicit_weights_and_counts():
         assert matrix["alive"] == sum(mean > 1e-6 for mean in g[p][:, :-1].mean(0).tolist())
         for threshold, key in ((0, "L0"), (0.1, "L0 above 0.1")):
             assert matrix[key] == pytest.approx(sum(v > threshold for row in g[p][:, :-1].tolist() for v in row) / 16)
-
 
 def test_the_fresh_adversary_beats_chance_and_never_the_worst_corner():
     # One linear layer: the squared error is convex in the sources, so that its maximum over [0, 1]^6 is at one of 64 corners.
