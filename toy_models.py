@@ -238,8 +238,8 @@ def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
         model.WT.weight.data.copy_(model.W.weight.T)
 
 def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tuple[nn.Module, float]:
-    """The trained target model of a run folder, made and saved there (target.pt) if it is not yet; and its seconds.
-    Raises BadInput if the folder holds another run or a damaged target.pt."""
+    """The trained target model of a run folder, made and saved there (target.pt) if it is not, and the seconds that its
+    training took. Raises BadInput if the folder holds another run or a damaged target.pt."""
     path = out / "target.pt"
     wanted = {"toy": asdict(toy), "seed": seed}
     torch.manual_seed(seed)
@@ -325,8 +325,10 @@ def score_residual_mlp(toy: Toy, alive: dict[str, Alive], matrices: dict) -> lis
     for path, of_matrix in alive.items():
         on = of_matrix.on_probes > 0.1
         if path.endswith("in"):
-            alone = (on.sum(1, keepdim=True) == 1) & (on.sum(0, keepdim=True) == 1)  # in its row and column
-            matrices[path]["features_recovered"] = (on & alone).any(1).float().mean().item()
+            only_one_serves = on.sum(1, keepdim=True) == 1  # (features, 1)
+            serves_only_one = on.sum(0, keepdim=True) == 1  # (1, alive)
+            recovered = (on & only_one_serves & serves_only_one).any(1)
+            matrices[path]["features_recovered"] = recovered.float().mean().item()
         else:
             used = on.any(0)
             rank = torch.linalg.matrix_rank(of_matrix.matrices.sum(0), rtol=0.01)
@@ -352,7 +354,9 @@ def mechanisms(model: InductionTransformer) -> dict[str, Tensor]:
     true = {}
     for name, weight in model.named_parameters():
         by_row = weight.T if name.endswith("o.weight") else weight
-        rows = torch.ones_like(by_row[:, 0]).diag().diag_embed() @ by_row  # (n, n, d), each row alone
+        rows = by_row.new_zeros(len(by_row), *by_row.shape)  # (n, n, d)
+        for i, row in enumerate(by_row.detach()):
+            rows[i, i] = row  # each row alone
         rows = rows[rows.flatten(1).any(1)]
         true[name.removesuffix(".weight")] = rows.mT if name.endswith("o.weight") else rows
     return true

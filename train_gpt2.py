@@ -30,8 +30,8 @@ import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# A thread that waits for another spins some 50 microseconds (GNU's OpenMP), about what it costs to wake it, and then
-# sleeps. By default it spins for milliseconds, and beside one busy program a step takes 4 times as long; so, 2.6 times.
+# A thread that waits for another first spins (GNU's OpenMP), by default for milliseconds: beside one busy program a
+# step then takes 4 times as long. 2000 is some 50 microseconds, about what a wake-up costs: 2.6 times as long.
 # (OMP_WAIT_POLICY=PASSIVE, no spinning: 1.0 times, but two threads are then as slow as one.) Read as torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
@@ -466,12 +466,12 @@ def read_gpt2(folder: Path) -> dict:
         vocabulary, width = given["wte.weight"].shape
         shape = {"layers": config["n_layer"], "width": width, "heads": config["n_head"], "vocabulary": vocabulary,
                  "context": len(given["wpe.weight"]), "epsilon": config["layer_norm_epsilon"]}  # fmt: skip
-        of_gpt2 = config["activation_function"] in ("gelu_new", "gelu_pytorch_tanh")
+        as_published = config["activation_function"] in ("gelu_new", "gelu_pytorch_tanh")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise vpd.BadInput(f"{folder} is no GPT-2 that can be read ({reason[:100]})") from error
-    of_gpt2 &= config.get("scale_attn_weights", True) and not config.get("scale_attn_by_inverse_layer_idx", False)
-    vpd.reject_if(not of_gpt2, f"{folder}/config.json has another activation or attention than GPT-2 as published")
+    as_published &= config.get("scale_attn_weights", True) and not config.get("scale_attn_by_inverse_layer_idx", False)
+    vpd.reject_if(not as_published, f"{folder}/config.json has another activation or attention than GPT-2 as published")
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.reject_if(not tied, f"{folder}: lm_head.weight is not wte.weight; give a GPT-2 where they are the same")
     state = {}
@@ -479,7 +479,7 @@ def read_gpt2(folder: Path) -> dict:
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # masks of attention, in older files
         if name.startswith("h.") and x.dim() == 2:
-            x = x.T  # a Conv1D: (d_in, d_out)
+            x = x.T  # Hugging Face's Conv1D stores (d_in, d_out)
         for theirs, ours in GPT2_NAMES.items():
             name = name.replace(f"{theirs}.", f"{ours}.")
         if "c_attn" in name:
@@ -503,7 +503,7 @@ class Run:
     ids: np.ndarray  # the corpus
     tokenizer: Tokenizer | None  # None: the corpus was given as token ids, without a GPT-2's folder
     record: dict  # of the target's training
-    decomposition: vpd.Decomposition
+    decomposition: vpd.Decomposition | None  # None: before stage 2
     device: str
 
 def load_corpus(data: str, vocabulary: int, place: Path | None) -> tuple[np.ndarray, Tokenizer | None]:
@@ -516,7 +516,9 @@ def load_corpus(data: str, vocabulary: int, place: Path | None) -> tuple[np.ndar
         tokenizer = Tokenizer(**json.loads((place / "tokenizer.json").read_text()))
     tokens = len(tokenizer.bytes) if tokenizer else 0
     if data.endswith(".bin"):
-        return read_bin(Path(data)), tokenizer if tokens <= vocabulary else None  # or it is another model's
+        if tokens > vocabulary:
+            tokenizer = None  # it is another model's
+        return read_bin(Path(data)), tokenizer
     vpd.reject_if(tokens > vocabulary, f"the tokenizer has {tokens} tokens, but the model {vocabulary}: give its own")
     if place and (place / "tokens.npy").exists():
         return np.load(place / "tokens.npy", mmap_mode="r"), tokenizer
@@ -599,7 +601,7 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         run.record = train_target(run.model, run.ids, run.preset, settings["seed"], folder, device)
     preset = run.preset
     out = folder / "decomposition"
-    if (folder / "metrics.json").exists():  # whatever the number of processes that made it
+    if (folder / "metrics.json").exists():  # finished: read by one process, whatever the number that made it
         run.decomposition = vpd.load_decomposition(out, preset.config, device)
         return run
     C = paths_and_sizes(run.model.shape, preset.C)
@@ -617,7 +619,7 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
 @torch.no_grad()
 def validate(model: GPT, batches: list[Tensor], decomposition: vpd.Decomposition) -> dict[str, float]:
     """How good a decomposition is by now, on a few validation batches: KL, L0 and alive, for the log."""
-    values = collections.Counter()
+    values = collections.defaultdict(float)
     importances = []
     for batch in batches:
         target, g = vpd.predict_importances(model, decomposition, batch)
@@ -652,9 +654,10 @@ def evaluate(run: Run) -> dict:
     metrics = vpd.evaluate(run.model, run.decomposition, batches, vpd.kl, preset.config.seed, cross_entropy)
     figures = metrics["figures"]
     ce = figures["loss of the target"]
-    for masking in vpd.MASKINGS if curve else ():
-        above = figures[f"loss above target, {masking}"]
-        figures[f"compute recovered, {masking}"] = compute_recovered(curve, ce + above)
+    if curve:  # empty: the target was trained elsewhere
+        for masking in vpd.MASKINGS:
+            above = figures[f"loss above target, {masking}"]
+            figures[f"compute recovered, {masking}"] = compute_recovered(curve, ce + above)
     if run.tokenizer:
         ids = torch.cat(batches).flatten().tolist()
         lengths = [len(run.tokenizer.bytes[i]) for i in ids if i < len(run.tokenizer.bytes)]  # not of <|endoftext|>
@@ -674,8 +677,8 @@ def evaluate(run: Run) -> dict:
 
 # ---- Reading: the page of all subcomponents -------------------------------------------------------------------------
 FIRES = 0.1  # a subcomponent fires where its causal importance exceeds this ([VPD] section 8)
-SHOWN = 3000  # divided by the number of matrices: how many subcomponents of each, the most important, are on the page
-FLOWS = 18_000  # divided by the number of matrices: how many, the clearest, get sources and targets
+SHOWN = 3000  # subcomponents on the page, an equal share for each matrix: its most important
+FLOWS = 18_000  # divided by the number of matrices: how many in all, the clearest, get sources and targets
 EXAMPLES = 10  # of each
 AROUND = 12  # tokens on either side of an example
 VISIBLE = {i: 0x2400 + i for i in range(32)} | {9: "→", 10: "⏎"}  # signs for control characters
@@ -729,7 +732,7 @@ def flows(run: Run, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
     ([VPD]'s dataset-aggregated attributions): {name: {"sources": [(sum, name)], "targets"}}, the 5 strongest each."""
     U = run.decomposition.U
     total = collections.defaultdict(float)  # (path of the source, name of the target) -> (C,)
-    some = SOME * 12 // len(U)  # of more matrices less text, down to one batch
+    some = SOME * 12 // len(U)  # SOME for the laptop's 12 matrices; for more matrices less text, down to one batch
     for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device, some), "attributions"):
         _, g = vpd.predict_importances(run.model, run.decomposition, batch)
         _, activations, writes = vpd.cut_forward(run.model, run.decomposition, g, batch)
@@ -737,12 +740,12 @@ def flows(run: Run, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
             fires = g[path][..., c] > FIRES
             if fires.any():
                 value = activations[path][..., c][fires].sum()
-                for source, x in vpd.attributions(value, run.decomposition, g, activations, writes).items():
-                    total[source, f"{path}:{c}"] += x[..., :-1].sum((0, 1))
+                for source_path, x in vpd.attributions(value, run.decomposition, g, activations, writes).items():
+                    total[source_path, f"{path}:{c}"] += x[..., :-1].sum((0, 1))
     strongest = {f"{path}:{c}": {"sources": [], "targets": []} for path, c in subcomponents}
-    for (path, target), x in total.items():
+    for (source_path, target), x in total.items():
         for c in x.abs().topk(min(20, len(x))).indices.tolist():
-            source = f"{path}:{c}"
+            source = f"{source_path}:{c}"
             if source in strongest and x[c] != 0:  # some are not on the page
                 strongest[target]["sources"].append((x[c].item(), source))
                 strongest[source]["targets"].append((x[c].item(), target))
@@ -809,9 +812,10 @@ def report(run: Run, prompts: list[str]) -> str:
     usual = torch.bincount(ids.flatten(), minlength=run.model.shape.vocabulary) / ids.numel()
     clear = {}  # (path, c) -> (its clearness, by which neighbour)
     for path in vpd.with_progress(g, "subcomponents, by matrix"):
-        order = g[path].sum((0, 1), dtype=torch.float32).argsort(descending=True, stable=True)
+        by_use = g[path].sum((0, 1), dtype=torch.float32).argsort(descending=True, stable=True)
         ever = g[path].amax((0, 1)) > FIRES
-        for c in order[ever[order]][: SHOWN // len(g)].tolist():
+        firing = by_use[ever[by_use]]
+        for c in firing[: SHOWN // len(g)].tolist():
             fires = g[path][..., c] > FIRES
             clear[path, c] = max((clearness(x, usual, fires), side) for side, x in neighbours(ids).items())
     order = sorted(clear, key=clear.get, reverse=True)
@@ -824,7 +828,7 @@ def report(run: Run, prompts: list[str]) -> str:
         of = matrices[path]
         rows.append(f'<tr><td><a href="#{path}">{path}</a><td>{of["alive"]}<td>{of["C"]}<td>{of["L0"]:.1f}')
         sections.append(f'<h2 id="{path}">{path}</h2>')
-        for c in [c for other, c in order if other == path]:
+        for c in [number for other, number in order if other == path]:
             raised = E @ run.decomposition.U[path][c].detach() if path.endswith(WRITERS) else None
             _, side = clear[path, c]
             mean = of["mean_importance"][c]
