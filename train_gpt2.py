@@ -313,7 +313,7 @@ class Preset:
 
 COMMON = {"lr_final": 0.1, "p_end": 0.4, "G_type": "transformer"}  # as published
 PRESETS = {
-    "laptop": Preset(  # 6 to 15 minutes on two cores; many small steps beat few large ones (but not with batch=4)
+    "laptop": Preset(  # 6 to 12 minutes on two cores; many small steps beat few large ones (but not with batch=4)
         Shape(layers=2, width=64, heads=4, context=64, vocabulary=1024), batch=8,
         target_steps=10_000, target_lr=3e-3, C=SUBCOMPONENTS["laptop"],
         # ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a
