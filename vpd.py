@@ -1139,7 +1139,7 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
     """Left, the losses (without their weights) and L0 over the training, from log.jsonl. Right, the spectrum: all mean
     causal importances, sorted, per matrix; a cliff separates the alive from the dead."""
     from matplotlib.figure import Figure  # here, so that the method itself runs without it
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(15, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     for name in rows[-1]:  # validation figures, too: the last step has them
@@ -1153,6 +1153,6 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
     right.axhline(ALIVE, color="gray", linewidth=1, label=f"alive above {ALIVE:g}")
     left.set(yscale="log", xlabel="step", ylabel="loss, or L0", title="Losses and L0 over the training")
     right.set(yscale="log", xlabel="subcomponent, sorted", ylabel="mean importance (at least 1e-8)", title="Spectrum")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in (left, right):
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     figure.savefig(file, dpi=110)
