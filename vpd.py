@@ -960,9 +960,10 @@ def finite_numbers(values: dict[str, Tensor], target: Tensor, step: int) -> dict
 def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) -> None:
     """Refuse, before any training, what cannot be decomposed: raises BadInput."""
     reject_if(config.G_type not in ("mlp", "transformer"), f"G_type is {config.G_type!r}: give 'mlp' or 'transformer'")
-    uneven = config.G_heads < 1 or config.G_width < 1 or config.G_width % (2 * config.G_heads)
-    sizes = f"G_width is {config.G_width} and G_heads {config.G_heads}"
-    reject_if(uneven, f"{sizes}: give at least 1 head, and a width of n * 2 * heads")
+    if config.G_type == "transformer":
+        uneven = config.G_heads < 1 or config.G_width < 1 or config.G_width % (2 * config.G_heads)
+        sizes = f"G_width is {config.G_width} and G_heads {config.G_heads}"
+        reject_if(uneven, f"{sizes}: give at least 1 head, and a width of n * 2 * heads")
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     reject_if(not C, f"no matrix to decompose: give C = {{path: number}} for some of {', '.join(linears)}")
     memory = {name: x.untyped_storage().data_ptr() for name, x in model.named_parameters(remove_duplicate=False)}

@@ -189,11 +189,11 @@ small = dataclasses.replace(CONFIG, steps=3)
         (dict(model=InPlace().eval(), sizes={"first": 4, "second": 4}), r"modified by an inplace.*write x = x \+ y"),
         (dict(model=CutOff().eval()), r"no gradient reaches first: detach nothing"),
         (dict(model=Pair().eval()), r"the model returns a tuple: make it return one tensor"),
-        (dict(config=dataclasses.replace(small, G_heads=0)), r"G_heads 0: give at least 1 head"),
+        (dict(config=dataclasses.replace(small, G_type="transformer", G_heads=0)), r"G_heads 0: give at least 1 head"),
         (dict(model=net().train()), r"call model.eval\(\)"),
         (dict(config=dataclasses.replace(small, G_type="transformer")), r"set G_type='mlp'"),
         (dict(config=dataclasses.replace(small, G_type="lstm")), r"G_type is 'lstm'"),
-        (dict(config=dataclasses.replace(small, G_width=30)), r"G_width is 30 and G_heads 4: .*a width of n \* 2 \* heads"),
+        (dict(config=dataclasses.replace(small, G_type="transformer", G_width=30)), r"G_width is 30 and G_heads 4: .*a width of n \* 2 \* heads"),
         (dict(model=net().double(), get_batch=lambda g: batches(g).double()), r"weight is torch.float64: call model.float\(\)"),
     ],
 )
