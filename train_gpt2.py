@@ -29,11 +29,14 @@ import time
 import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Callable
 
 # A thread that waits for another first spins (GNU's OpenMP), by default for milliseconds: beside one busy program a
 # step then takes 4 times as long. 2000 is some 50 microseconds, about what a wake-up costs: 2.6 times as long.
 # (OMP_WAIT_POLICY=PASSIVE, no spinning: 1.0 times, but two threads are then as slow as one.) Read as torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# A notebook's names a module that is not here, and matplotlib then fails at its import. Pictures only go to files.
+os.environ["MPLBACKEND"] = "agg"
 
 import matplotlib.figure
 import numpy as np
@@ -45,11 +48,8 @@ import vpd
 
 # ---- The model: GPT-2 -----------------------------------------------------------------------------------------------
 # For another architecture change the names that follow, and what stands from Shape to `readout`.
-# The decomposed matrices of each layer h.0, h.1, ..., and into how many subcomponents each preset decomposes them
-SUBCOMPONENTS = {
-    "laptop": {"attn.q": 64, "attn.k": 64, "attn.v": 128, "attn.o": 128, "mlp.up": 224, "mlp.down": 224},
-    "gpu": {"attn.q": 256, "attn.k": 256, "attn.v": 512, "attn.o": 512, "mlp.up": 1024, "mlp.down": 1024},
-    "paper": {"attn.q": 512, "attn.k": 512, "attn.v": 1024, "attn.o": 1024, "mlp.up": 3072, "mlp.down": 3584}}
+# The decomposed matrices of each layer h.0, h.1, ...
+MATRICES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
 WRITERS = ("attn.o", "mlp.down")  # the matrices that write to the residual stream, where tokens have directions
 EMBEDDINGS = ("tokens", "positions")  # the modules that write to it, but are not decomposed
 
@@ -121,12 +121,13 @@ class GPT(nn.Module):
             x = block(x)
         return (self.norm(x) @ self.tokens.weight.T).to(x.dtype)  # float32 as the stream, under autocast too
 
-def paths_and_sizes(shape: Shape, C: dict[str, int]) -> dict[str, int]:
-    """{path of a decomposed matrix: subcomponents}, for all layers; C: {name in a layer: subcomponents}."""
-    sizes = {}
-    for i in range(shape.layers):
-        sizes |= {f"h.{i}.{matrix}": number for matrix, number in C.items()}
-    return sizes
+def subcomponents(model: GPT, factor: float) -> dict[str, int]:
+    """Into how many subcomponents each matrix is decomposed, {path: C}. A factor of 1 comes, in all, to what [VPD] has."""
+    C = {}
+    for path, module in model.named_modules():
+        if path.endswith(MATRICES):
+            C[path] = max(1, round(0.7 * factor * (module.in_features + module.out_features)))
+    return C
 
 def readout(model: GPT) -> Tensor:
     """What a direction in the residual stream adds to each logit, (vocabulary, width): the unembedding behind the norm.
@@ -303,35 +304,26 @@ def sample(ids: np.ndarray, T: int, B: int, validation: bool, generator: torch.G
 # ---- The target, stage 1 --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Preset:
-    """What fits a machine: the target and its training, the subcomponents, the settings of the decomposition."""
+    """What fits a machine: the target and its training, and what is to be otherwise than in `vpd.sequence_config`."""
     shape: Shape
     batch: int  # windows, for target and decomposition; of all processes together
     target_steps: int
     target_lr: float
-    C: dict[str, int]  # subcomponents of each of these matrices, in every layer
-    config: vpd.Config
+    settings: dict
 
-COMMON = {"lr_final": 0.1, "p_end": 0.4, "G_type": "transformer"}  # as published
 PRESETS = {
     "laptop": Preset(  # 6 to 12 minutes on two cores; many small steps beat few large ones (but not with batch=4)
         Shape(layers=2, width=64, heads=4, context=64, vocabulary=1024), batch=8,
-        target_steps=10_000, target_lr=3e-3, C=SUBCOMPONENTS["laptop"],
-        # ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a
-        # fifth of the time. lr: from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2 (one thread): rounded KL
-        # 0.21, 0.18, 0.17, its cross-entropy 0.20, 0.17, 0.15 above the target's, L0 47, 49, 50.
-        config=vpd.Config(steps=4000, lr=7e-3, muon=2.0, w_importance=6.5e-4, w_frequency=3.5e-4, w_delta=1e4,
-                          shrink=2.0, adversary_steps=0, adversary_lr=0.04, G_width=96, G_blocks=1, **COMMON)),
+        target_steps=10_000, target_lr=3e-3, settings={}),
     "gpu": Preset(  # for one GPU; not measured
         Shape(layers=4, width=256, heads=4, context=256, vocabulary=4096), batch=64,
-        target_steps=20_000, target_lr=1e-3, C=SUBCOMPONENTS["gpu"],
-        config=vpd.Config(steps=20_000, lr=5e-4, w_importance=5e-4, w_frequency=2.5e-4, w_delta=1e4,
-                          shrink=2.0, G_width=512, G_blocks=4, G_heads=8, bf16=True, **COMMON)),
+        target_steps=20_000, target_lr=1e-3, settings={"steps": 20_000, "bf16": True}),
     "paper": Preset(  # the published run, whose target was trained elsewhere; 8 GPUs, days; not measured
         Shape(layers=4, width=768, heads=6, context=512, vocabulary=50_304), batch=64,
-        target_steps=100_000, target_lr=6e-4, C=SUBCOMPONENTS["paper"],
-        config=vpd.Config(steps=400_000, lr=5e-5, muon=0, beta2=0.999, clip_G=math.inf, w_importance=2e-4,
-                          w_frequency=1e-4, w_delta=1e7, G_width=2048, G_blocks=8, G_heads=16, G_activations=False,
-                          bf16=True, **COMMON))}  # fmt: skip
+        target_steps=100_000, target_lr=6e-4,
+        settings={"steps": 400_000, "lr": 5e-5, "muon": 0, "beta2": 0.999, "clip_G": math.inf, "w_importance": 2e-4,
+                  "w_frequency": 1e-4, "shrink": 0, "adversary_steps": 2, "adversary_lr": 0.01, "G_width": 2048,
+                  "G_blocks": 8, "G_heads": 16, "G_activations": False, "bf16": True})}  # fmt: skip
 EVALUATED = 16_384  # positions of validation text
 SOME = 2048  # the first of them, for quick looks
 WINDOWS = 8  # in a batch of validation text
@@ -384,20 +376,22 @@ def save_target(model: GPT, record: dict, folder: Path) -> None:
     with vpd.atomic_write(folder / "target.pt") as file:
         torch.save({"shape": asdict(model.shape), "model": model.state_dict(), "record": record}, file)
 
-def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder: Path, device: str) -> dict:
+def train_target(run: Run, seed: int) -> dict:
     """Train the model (AdamW, warm-up, cosine to a tenth), or go on where a killed run stopped; writes target.pt.
     Returns {"curve": [(step, validation cross-entropy)], "seconds"}. Raises BadInput if the loss is not finite."""
-    bf16 = preset.config.bf16
+    model = run.model
+    preset = run.preset
+    bf16 = run.config.bf16
     steps = preset.target_steps
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1, fused=not device.startswith("mps"))
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1, fused=not run.device.startswith("mps"))
     generator = torch.Generator()
-    validation = validation_batches(ids, preset, device)
+    validation = validation_batches(run.ids, preset, run.device)
     record = {"curve": [], "seconds": 0.0}
-    unfinished = folder / "target_unfinished.pt"
+    unfinished = run.folder / "target_unfinished.pt"
     first = 0
     if unfinished.exists():
-        state = torch.load(unfinished, map_location=device, weights_only=True)
+        state = torch.load(unfinished, map_location=run.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -412,8 +406,8 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
         optimizer.param_groups[0]["lr"] = preset.target_lr * min(1, warmup, cosine)
         # from the step alone, so that there is nothing to save
         generator.manual_seed((seed * 10**9 + step - 1) * vpd.world_size() + vpd.rank())
-        batch = sample(ids, preset.shape.context, preset.batch // vpd.world_size(), False, generator).to(device)
-        with vpd.precision(torch.device(device), bf16):
+        batch = sample(run.ids, preset.shape.context, preset.batch // vpd.world_size(), False, generator).to(run.device)
+        with vpd.precision(run.device, bf16):
             loss = cross_entropy(batch, model(batch))
         vpd.reject_if(not loss.isfinite(), f"the target's loss is not finite at step {step}: lower target_lr")
         optimizer.zero_grad()
@@ -435,7 +429,7 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
             with vpd.atomic_write(unfinished) as file:
                 torch.save(state, file)
     if vpd.rank() == 0:
-        save_target(model, record, folder)
+        save_target(model, record, run.folder)
         unfinished.unlink(missing_ok=True)
     return record
 
@@ -499,6 +493,8 @@ class Run:
     folder: Path
     settings: dict  # see SETTINGS
     preset: Preset
+    C: dict[str, int]  # subcomponents, {path: number}
+    config: vpd.Config
     model: GPT  # the target
     ids: np.ndarray  # the corpus
     tokenizer: Tokenizer | None  # None: the corpus was given as token ids, without a GPT-2's folder
@@ -528,27 +524,21 @@ def load_corpus(data: str, vocabulary: int, place: Path | None) -> tuple[np.ndar
         tokenizer = Tokenizer.learn(text, vocabulary)
     return tokenizer.encode(text), tokenizer
 
-def fit_preset(settings: dict, shape: Shape) -> Preset:
-    """The preset with the settings of the run, for a target of this shape: C and the width of G in proportion to its
-    width, the depth of G to its depth. Raises BadInput if the batch does not divide over the processes."""
+def fit_preset(settings: dict, model: GPT) -> tuple[Preset, dict[str, int], vpd.Config]:
+    """The preset with the settings of the run, for this target; C and the settings of its decomposition. Raises
+    BadInput if the batch does not divide over the processes."""
     preset = PRESETS[settings["preset"]]
-    config = preset.config
     batch = settings["batch"] or preset.batch
     n = vpd.world_size()
     vpd.reject_if(batch % n, f"a batch of {batch} does not divide over {n} processes: choose another number")
-    wider = shape.width / preset.shape.width  # 1, but for a GPT-2
-    deeper = shape.layers / preset.shape.layers
+    shape = replace(model.shape, context=min(model.shape.context, preset.shape.context))
+    C = subcomponents(model, settings["C"])
+    config = vpd.sequence_config(model, C, **preset.settings | {"seed": settings["seed"]})
     steps = settings["steps"] or config.steps
-    unit = 2 * config.G_heads  # the width of G must be a multiple of it
-    config = replace(config, seed=settings["seed"], steps=steps,
-                     faithfulness_steps=min(config.faithfulness_steps, steps),  # never longer than the training
-                     G_width=unit * max(1, round(wider * config.G_width / unit)),
-                     G_blocks=max(1, round(deeper * config.G_blocks)))  # fmt: skip
-    C = {matrix: max(1, round(settings["C"] * wider * number)) for matrix, number in preset.C.items()}
-    shape = replace(shape, context=min(shape.context, preset.shape.context))
-    return replace(preset, shape=shape, batch=batch, C=C, config=config)
+    warm_up = min(config.faithfulness_steps, steps)  # never longer than the training
+    return replace(preset, shape=shape, batch=batch), C, replace(config, steps=steps, faithfulness_steps=warm_up)
 
-INPUTS = {"target.pt", "tokenizer.json", "tokens.npy", "settings.json"}  # what `save_inputs` writes
+INPUTS = {"target.pt", "tokenizer.json", "tokens.npy", "settings.json", "run.lock"}  # there before the first stage
 
 def save_inputs(run: Run) -> None:
     """Make the run folder, and keep in it what the run starts from. settings.json, the last, says that all is there."""
@@ -583,9 +573,9 @@ def prepare_run(settings: dict, folder: Path, device: str) -> Run:
             print(f"the target's embedding has {shape.vocabulary} tokens", file=sys.stderr)
         torch.manual_seed(settings["seed"])
         model = GPT(shape)
-    preset = fit_preset(settings, model.shape)
+    preset, C, config = fit_preset(settings, model)
     windows(len(ids), preset.shape.context, True)  # raises if the corpus is too short
-    run = Run(folder, settings, preset, model.to(device).eval(), ids, tokenizer, record, None, device)
+    run = Run(folder, settings, preset, C, config, model.to(device).eval(), ids, tokenizer, record, None, device)
     if place != folder:
         save_inputs(run)
     return run
@@ -598,16 +588,15 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
     if run.record and vpd.rank() == 0:
         (folder / "target_unfinished.pt").unlink(missing_ok=True)  # a kill came just before this
     if not run.record:
-        run.record = train_target(run.model, run.ids, run.preset, settings["seed"], folder, device)
+        run.record = train_target(run, settings["seed"])
     preset = run.preset
     out = folder / "decomposition"
     if (folder / "metrics.json").exists():  # finished: read by one process, whatever the number that made it
-        run.decomposition = vpd.load_decomposition(out, preset.config, device)
+        run.decomposition = vpd.load_decomposition(out, device)
         return run
-    C = paths_and_sizes(run.model.shape, preset.C)
     get_batch = functools.partial(sample, run.ids, preset.shape.context, preset.batch // vpd.world_size(), False)
     look = functools.partial(validate, run.model, validation_batches(run.ids, preset, device, SOME))
-    run.decomposition = vpd.decompose(run.model, C, get_batch, vpd.kl, preset.config, out,
+    run.decomposition = vpd.decompose(run.model, run.C, get_batch, vpd.kl, run.config, out,
                                       checkpoint_seconds=CHECKPOINT_SECONDS, validate=look)  # fmt: skip
     return run
 
@@ -651,7 +640,7 @@ def evaluate(run: Run) -> dict:
     preset = run.preset
     curve = run.record["curve"]
     batches = validation_batches(run.ids, preset, run.device)
-    metrics = vpd.evaluate(run.model, run.decomposition, batches, vpd.kl, preset.config.seed, cross_entropy)
+    metrics = vpd.evaluate(run.model, run.decomposition, batches, vpd.kl, run.config.seed, cross_entropy)
     figures = metrics["figures"]
     ce = figures["loss of the target"]
     if curve:  # empty: the target was trained elsewhere
@@ -666,7 +655,7 @@ def evaluate(run: Run) -> dict:
     log = run.folder / "decomposition" / "log.jsonl"
     last_line = log.read_text().splitlines()[-1]
     seconds = json.loads(last_line)["seconds"]
-    figures["tokens per second"] = preset.config.steps * preset.batch * preset.shape.context / seconds
+    figures["tokens per second"] = run.config.steps * preset.batch * preset.shape.context / seconds
     figures["minutes, target"] = run.record["seconds"] / 60
     figures["minutes, decomposition"] = seconds / 60
     figures["minutes, evaluation"] = (time.monotonic() - began) / 60
@@ -683,6 +672,24 @@ EXAMPLES = 10  # of each
 AROUND = 12  # tokens on either side of an example
 VISIBLE = {i: 0x2400 + i for i in range(32)} | {9: "→", 10: "⏎"}  # signs for control characters
 
+@dataclass
+class Reading:
+    """What the page and the circuit need of a language model, of any architecture."""
+    model: nn.Module  # token ids (B, T) -> logits (B, T, vocabulary)
+    decomposition: vpd.Decomposition
+    batches: list[Tensor]  # text to read it on, token ids (B, T), all of one shape
+    decode: Callable[[list[int]], str]  # token ids -> text
+    readout: Tensor | None = None  # (vocabulary, width), what a direction in the residual stream adds to each logit
+    writers: tuple[str, ...] = WRITERS  # how the paths of matrices end that write to the residual stream
+    embeddings: tuple[str, ...] = ()  # modules that write to it, but are not decomposed
+
+def reading(run: Run) -> Reading:
+    """A run, to be read."""
+    batches = validation_batches(run.ids, run.preset, run.device)
+    def decode(ids):  # without a tokenizer, as numbers
+        return run.tokenizer.decode(ids) if run.tokenizer else "".join(f" {i}" for i in ids)
+    return Reading(run.model, run.decomposition, batches, decode, readout(run.model), WRITERS, EMBEDDINGS)
+
 def encoded(run: Run, text: str) -> Tensor:
     """A prompt as (1, T) token ids. Raises BadInput if the run has no tokenizer, or the prompt is empty or too long."""
     vpd.reject_if(not run.tokenizer, f"{run.folder} has no tokenizer for prompts: make a run on text, or from a GPT-2")
@@ -692,23 +699,22 @@ def encoded(run: Run, text: str) -> Tensor:
     return torch.from_numpy(ids)[None].to(run.device)
 
 @torch.no_grad()
-def observe(run: Run) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """The evaluation set (N, T), and what every subcomponent does on it: importances and activations {path: (N, T, C)}.
-    The activation is ||U_c|| V_c^T x, signed: how much of its write direction a subcomponent adds."""
-    U, V = run.decomposition.U, run.decomposition.V
-    batches = validation_batches(run.ids, run.preset, run.device)
+def observe(of: Reading) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What every subcomponent does on the N windows: importances and activations, {path: (N, T, C)}. The activation is
+    ||U_c|| V_c^T x, signed: how much of its write direction a subcomponent adds."""
+    U, V = of.decomposition.U, of.decomposition.V
     g = {path: [] for path in U}
     a = {path: [] for path in U}
-    for batch in vpd.with_progress(batches, "importances"):
-        with vpd.precision(run.device, run.decomposition.bf16):
-            _, inputs = vpd.forward_with_inputs(run.model, U, batch)
-            z = run.decomposition.G(inputs, U, V)
+    for batch in vpd.with_progress(of.batches, "importances"):
+        with vpd.precision(batch.device, of.decomposition.bf16):
+            _, inputs = vpd.forward_with_inputs(of.model, U, batch)
+            z = of.decomposition.G(inputs, U, V)
             for path, x in vpd.by_path(vpd.causal_importances(z, U), U).items():
                 g[path].append(x[..., :-1].half())
                 a[path].append((inputs[path] @ V[path] * U[path].norm(dim=-1)).half())
     g = {path: torch.cat(g.pop(path)) for path in U}  # pop: each list is freed
     a = {path: torch.cat(a.pop(path)) for path in U}
-    return torch.cat(batches), g, a
+    return g, a
 
 def neighbours(ids: Tensor) -> dict[str, Tensor]:
     """The tokens before, at and after every position of ids (N, T); -1 where none is."""
@@ -727,20 +733,20 @@ def clearness(tokens: Tensor, usual: Tensor, fires: Tensor) -> float:
     n = int((fires & (tokens >= 0)).sum())
     return sum(share - usual[i].item() for i, share in commonest(tokens, fires)) * n / (n + 20)
 
-def flows(run: Run, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
+def flows(of: Reading, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
     """How much subcomponents (path, c) add directly to each other's activation, summed over where the target fires
     ([VPD]'s dataset-aggregated attributions): {name: {"sources": [(sum, name)], "targets"}}, the 5 strongest each."""
-    U = run.decomposition.U
+    U = of.decomposition.U
     total = collections.defaultdict(float)  # (path of the source, name of the target) -> (C,)
-    some = SOME * 12 // len(U)  # SOME for the laptop's 12 matrices; for more matrices less text, down to one batch
-    for batch in vpd.with_progress(validation_batches(run.ids, run.preset, run.device, some), "attributions"):
-        _, g = vpd.predict_importances(run.model, run.decomposition, batch)
-        _, activations, writes = vpd.cut_forward(run.model, run.decomposition, g, batch)
+    some = SOME * 12 // len(U) // of.batches[0].numel()  # SOME for 12 matrices; for more matrices less text
+    for batch in vpd.with_progress(of.batches[: max(1, some)], "attributions"):
+        _, g = vpd.predict_importances(of.model, of.decomposition, batch)
+        _, activations, writes = vpd.cut_forward(of.model, of.decomposition, g, batch)
         for path, c in subcomponents[: FLOWS // len(U)]:
             fires = g[path][..., c] > FIRES
             if fires.any():
                 value = activations[path][..., c][fires].sum()
-                for source_path, x in vpd.attributions(value, run.decomposition, g, activations, writes).items():
+                for source_path, x in vpd.attributions(value, of.decomposition, g, activations, writes).items():
                     total[source_path, f"{path}:{c}"] += x[..., :-1].sum((0, 1))
     strongest = {f"{path}:{c}": {"sources": [], "targets": []} for path, c in subcomponents}
     for (source_path, target), x in total.items():
@@ -755,61 +761,59 @@ def flows(run: Run, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
             del edges[5:]
     return strongest
 
-def code(run: Run, *tokens: int) -> str:
-    """Tokens in HTML; without a tokenizer their numbers."""
-    texts = [run.tokenizer.decode([i]) if run.tokenizer else f" {i}" for i in tokens]
-    return "".join(f"<code>{html.escape(text.translate(VISIBLE))}</code>" for text in texts)
+def code(of: Reading, *tokens: int) -> str:
+    """Tokens in HTML."""
+    return "".join(f"<code>{html.escape(of.decode([i]).translate(VISIBLE))}</code>" for i in tokens)
 
-def examples(run: Run, ids: Tensor, g: Tensor, fires: Tensor) -> str:
+def examples(of: Reading, ids: Tensor, g: Tensor, fires: Tensor) -> str:
     """Random places where a subcomponent fires, one a line, in HTML; shaded by its importance g (N, T) there."""
     places = fires.nonzero().cpu()
     chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:EXAMPLES]
     lines = []
     for n, t in places[chosen].tolist():
-        before = code(run, *ids[n, max(0, t - AROUND) : t].tolist())
-        after = code(run, *ids[n, t + 1 : t + 1 + AROUND].tolist())
-        token = f'<mark style="--g:{g[n, t].item():.0%}">{code(run, ids[n, t].item())}</mark>'
+        before = code(of, *ids[n, max(0, t - AROUND) : t].tolist())
+        after = code(of, *ids[n, t + 1 : t + 1 + AROUND].tolist())
+        token = f'<mark style="--g:{g[n, t].item():.0%}">{code(of, ids[n, t].item())}</mark>'
         lines.append(f"<p><span><bdi>{before}</bdi></span><span>{token}{after}</span></p>")
     return "\n".join(lines)
 
-def entry(run: Run, path: str, c: int, side: str, seen: tuple, mean: float, raised: Tensor | None, edges: dict) -> str:
-    """A subcomponent on the page, in HTML. side: the neighbour that its line shows; seen: of `observe`; mean: its mean
+def entry(of: Reading, path: str, c: int, side: str, seen: tuple, mean: float, raised: Tensor | None, edges: dict) -> str:
+    """A subcomponent on the page, in HTML. side: the neighbour that its line shows; seen: ids (N, T), g and a of `observe`; mean: its mean
     importance; raised: what its write direction adds to each logit; edges: its sources and targets."""
     ids, g, a = seen
     fires = g[path][..., c] > FIRES
     facts = {"fires": f"at {fires.float().mean().item():.2%} of all tokens; mean importance {mean:.2g}"}
     for where, tokens in neighbours(ids).items():
-        facts[where] = " ".join(f"{code(run, token)} {share:.0%}" for token, share in commonest(tokens, fires))
+        facts[where] = " ".join(f"{code(of, token)} {share:.0%}" for token, share in commonest(tokens, fires))
     if raised is not None:
         raised = raised * a[path][..., c][fires].float().mean().sign()
-        facts["raises"] = " ".join(code(run, token) for token in raised.topk(6).indices.tolist())
-        facts["lowers"] = " ".join(code(run, token) for token in raised.neg().topk(6).indices.tolist())
+        facts["raises"] = " ".join(code(of, token) for token in raised.topk(6).indices.tolist())
+        facts["lowers"] = " ".join(code(of, token) for token in raised.neg().topk(6).indices.tolist())
     for end, others in edges.items():
         facts[end] = ", ".join(f'<a href="#{name}">{name}</a> {x:.2g}' for x, name in others) or "none"
     rows = "".join(f"<dt>{title}<dd>{fact}" for title, fact in facts.items())
-    lines = examples(run, ids, g[path][..., c], fires)
+    lines = examples(of, ids, g[path][..., c], fires)
     inside = f'<div id="{path}:{c}"><dl>{rows}</dl>{lines}</div>'  # the anchor is inside: a link to it opens the entry
     return f"<details><summary><b>{path}:{c}</b>{side} {facts[side]}</summary>{inside}</details>"
 
-def answer(run: Run, prompt: str, ids: Tensor, shown: dict) -> str:
+def answer(of: Reading, ids: Tensor, shown: dict) -> str:
     """The tokens (1, T) of a prompt with the subcomponents that fire there, in HTML; links to those that are shown."""
-    _, g = vpd.predict_importances(run.model, run.decomposition, ids)
+    _, g = vpd.predict_importances(of.model, of.decomposition, ids)
     rows = []
     for t, token in enumerate(ids[0].tolist()):
-        rows.append(f"<dt>{code(run, token)}<dd>")
+        rows.append(f"<dt>{code(of, token)}<dd>")
         for path, x in g.items():
             fire = (x[0, t, :-1] > FIRES).nonzero()[:, 0].tolist()
             links = " ".join(f'<a href="#{path}:{c}">{c}</a>' if (path, c) in shown else str(c) for c in fire)
             rows.append(f"<span><i>{path}</i> {links}</span> " if fire else "")
-    return f"<h2><code>{html.escape(prompt)}</code></h2><dl>{''.join(rows)}</dl>"
+    return f"<h2><code>{html.escape(of.decode(ids[0].tolist()))}</code></h2><dl>{''.join(rows)}</dl>"
 
-def report(run: Run, prompts: list[str]) -> str:
-    """Write report.html: what fires on prompts, and every subcomponent that fires, of each matrix the clearest first.
-    Returns a line for the terminal. Raises BadInput: see `encoded`."""
-    every_ids = [encoded(run, prompt) for prompt in prompts]
-    seen = observe(run)
-    ids, g, _ = seen
-    usual = torch.bincount(ids.flatten(), minlength=run.model.shape.vocabulary) / ids.numel()
+def report(of: Reading, file: Path, prompts: list[Tensor] = ()) -> str:
+    """Write a page: what fires on prompts (1, T), and every subcomponent that fires, of each matrix the clearest first.
+    Returns a line for the terminal."""
+    g, a = observe(of)
+    ids = torch.cat(of.batches)
+    usual = torch.bincount(ids.flatten()) / ids.numel()
     clear = {}  # (path, c) -> (its clearness, by which neighbour)
     for path in vpd.with_progress(g, "subcomponents, by matrix"):
         by_use = g[path].sum((0, 1), dtype=torch.float32).argsort(descending=True, stable=True)
@@ -819,23 +823,24 @@ def report(run: Run, prompts: list[str]) -> str:
             fires = g[path][..., c] > FIRES
             clear[path, c] = max((clearness(x, usual, fires), side) for side, x in neighbours(ids).items())
     order = sorted(clear, key=clear.get, reverse=True)
-    flow = flows(run, order)
-    matrices = json.loads((run.folder / "metrics.json").read_text())["matrices"]
-    E = readout(run.model)
-    sections = [answer(run, prompt, prompt_ids, clear) for prompt, prompt_ids in zip(prompts, every_ids)]
+    flow = flows(of, order)
+    sections = [answer(of, prompt, clear) for prompt in prompts]
     rows = []
     for path in vpd.with_progress(g, "the page, by matrix"):
-        of = matrices[path]
-        rows.append(f'<tr><td><a href="#{path}">{path}</a><td>{of["alive"]}<td>{of["C"]}<td>{of["L0"]:.1f}')
+        mean = g[path].mean((0, 1), dtype=torch.float32)
+        L0 = (g[path] > 0).sum(-1).float().mean().item()
+        alive = int((mean > vpd.ALIVE).sum())
+        rows.append(f'<tr><td><a href="#{path}">{path}</a><td>{alive}<td>{len(mean)}<td>{L0:.1f}')
         sections.append(f'<h2 id="{path}">{path}</h2>')
         for c in [number for other, number in order if other == path]:
-            raised = E @ run.decomposition.U[path][c].detach() if path.endswith(WRITERS) else None
+            raised = None
+            if of.readout is not None and path.endswith(of.writers):
+                raised = of.readout @ of.decomposition.U[path][c].detach()
             _, side = clear[path, c]
-            mean = of["mean_importance"][c]
-            sections.append(entry(run, path, c, side, seen, mean, raised, flow[f"{path}:{c}"]))
+            sections.append(entry(of, path, c, side, (ids, g, a), mean[c].item(), raised, flow[f"{path}:{c}"]))
     head = PAGE.replace("ROWS", "\n".join(rows)).replace("MOST", str(SHOWN // len(g)))
-    write(run.folder / "report.html", head + "\n".join(sections))
-    return f"the page of {len(order)} subcomponents is {run.folder / 'report.html'}"
+    write(file, head + "\n".join(sections))
+    return f"the page of {len(order)} subcomponents is {file}"
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>The parts of a language model</title><style>
@@ -878,44 +883,43 @@ def one_token(run: Run, text: str) -> int:
     vpd.reject_if(len(ids) > 1, f"{text!r} is not one token but {[run.tokenizer.decode([i]) for i in ids]}: give one")
     return ids[0]
 
-def judge(run: Run, ids: Tensor, target: Tensor, g: dict[str, Tensor], loss, movable: Tensor) -> dict[str, float]:
+def judge(of: Reading, ids: Tensor, target: Tensor, g: dict[str, Tensor], loss, movable: Tensor) -> dict[str, float]:
     """How many nodes importances g keep, and the loss (logits -> scalar) of the prediction: with g as masks, with those
     above 0 at 1, and under a fresh adversary that moves what is movable (1, T, K); all else stays random."""
-    U, V = run.decomposition.U, run.decomposition.V
+    U, V = of.decomposition.U, of.decomposition.V
     rounded = {path: (x > 0).float() for path, x in g.items()}
     result = {"nodes": sum(int(x.sum()) for x in rounded.values())}
-    with torch.no_grad(), vpd.precision(run.device, run.decomposition.bf16):
-        result["g as masks"] = loss(vpd.masked_forward(run.model, U, V, g, ids)).item()
-        result["rounded"] = loss(vpd.masked_forward(run.model, U, V, rounded, ids)).item()
+    with torch.no_grad(), vpd.precision(ids.device, of.decomposition.bf16):
+        result["g as masks"] = loss(vpd.masked_forward(of.model, U, V, g, ids)).item()
+        result["rounded"] = loss(vpd.masked_forward(of.model, U, V, rounded, ids)).item()
     case = (ids, target, g)
-    attack = vpd.fresh_adversary(run.model, run.decomposition, [case], lambda _, x: loss(x), ids.shape, movable)
+    attack = vpd.fresh_adversary(of.model, of.decomposition, [case], lambda _, x: loss(x), ids.shape, movable)
     return result | {f"attack {steps}": attack[steps] for steps in (20, 40, 80)}
 
-def circuit(run: Run, prompt: str, token_text: str | None) -> dict:
-    """What three ways of pruning leave of one prediction (see `judge`), and the attribution graph after the last, as a
-    dict for JSON. Predicted: token_text, or the target's best."""
-    ids = encoded(run, prompt)
-    target, g = vpd.predict_importances(run.model, run.decomposition, ids)
-    token = int(target[0, -1].argmax()) if token_text is None else one_token(run, token_text)
+def circuit(of: Reading, ids: Tensor, token: int | None = None) -> dict:
+    """What three ways of pruning leave of the prediction of a token, by default the target's best, after ids (1, T):
+    see `judge`. And the attribution graph after the last of them. A dict for JSON."""
+    target, g = vpd.predict_importances(of.model, of.decomposition, ids)
+    token = int(target[0, -1].argmax()) if token is None else token
     def loss(logits):
         return F.cross_entropy(logits[:, -1].float(), torch.tensor([token], device=ids.device))
     def outcome(logits):
         return logits[0, -1, token] - logits[0, -1].mean()  # the mean, because the softmax ignores it
     active = vpd.side_by_side(g) > 0
-    prunings = {"not pruned": judge(run, ids, target, g, loss, active)}
+    prunings = {"not pruned": judge(of, ids, target, g, loss, active)}
     for name, (stochastic, adversarial) in PRUNINGS.items():
-        pruned = vpd.prune(run.model, run.decomposition, g, ids, loss, COST, stochastic, adversarial)
-        prunings[name] = judge(run, ids, target, pruned, loss, active)
-    graph = vpd.attribution_graph(run.model, run.decomposition, pruned, ids, outcome, EMBEDDINGS, share=0.005)
-    return {"prompt": prompt, "token": token, "ids": ids[0].tolist(), "target": loss(target).item(),
+        pruned = vpd.prune(of.model, of.decomposition, g, ids, loss, COST, stochastic, adversarial)
+        prunings[name] = judge(of, ids, target, pruned, loss, active)
+    graph = vpd.attribution_graph(of.model, of.decomposition, pruned, ids, outcome, of.embeddings, share=0.005)
+    return {"token": token, "ids": ids[0].tolist(), "target": loss(target).item(),
             "prunings": prunings, "pruned_graph": graph}  # fmt: skip
 
-def draw_circuit(run: Run, result: dict, file: Path) -> None:
+def draw_circuit(of: Reading, result: dict, file: Path) -> None:
     """The attributions of a `circuit` with over 3 % of all into their target. Positions across, matrices up."""
     nodes = result["pruned_graph"]["nodes"]
     edges = [edge for edge in result["pruned_graph"]["edges"] if edge["share"] > 0.03]
-    texts = [repr(run.tokenizer.decode([i])) for i in result["ids"]]
-    rows = [*EMBEDDINGS, *run.decomposition.U, "outcome"]
+    texts = [repr(of.decode([i])) for i in result["ids"]]
+    rows = [*of.embeddings, *of.decomposition.U, "outcome"]
     cells = collections.defaultdict(list)  # (matrix, position) -> its nodes
     for n in sorted({edge["source"] for edge in edges} | {edge["target"] for edge in edges}):
         cells[nodes[n]["matrix"], nodes[n]["position"]].append(n)
@@ -931,7 +935,7 @@ def draw_circuit(run: Run, result: dict, file: Path) -> None:
         colour = "#1f6fb4" if edge["attribution"] > 0 else "#c85200"
         ends = zip(place[edge["source"]], place[edge["target"]])  # both x, both y
         axis.plot(*ends, color=colour, linewidth=0.3 + 5 * edge["share"], alpha=0.6, zorder=1)
-    rows[-1] = f"outcome: {run.tokenizer.decode([result['token']])!r}"
+    rows[-1] = f"outcome: {of.decode([result['token']])!r}"
     axis.set_xticks(range(len(texts)), texts, parse_math=False)  # a dollar is a dollar
     axis.set_yticks(range(len(rows)), rows, parse_math=False)
     axis.set(xlabel="position", title="what each part that is left gets from others (blue raises, orange lowers)")
@@ -942,12 +946,14 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
     Returns tables of the prunings. Raises BadInput: see `encoded`, `one_token`."""
     for prompt in prompts:
         encoded(run, prompt)  # refuses what cannot serve before anything is computed
+    of = reading(run)
     lines = []
     for number, prompt in vpd.with_progress(enumerate(prompts, 1), "circuits"):
-        result = circuit(run, prompt, token_text)
+        token = None if token_text is None else one_token(run, token_text)
+        result = circuit(of, encoded(run, prompt), token)
         file = run.folder / ("circuit" if number == 1 else f"circuit_{number}")
         write(file.with_suffix(".json"), json.dumps(result))
-        draw_circuit(run, result, file.with_suffix(".png"))
+        draw_circuit(of, result, file.with_suffix(".png"))
         token = run.tokenizer.decode([result["token"]])
         lines.append(f"{prompt!r}, then {token!r}: cross-entropy of the target {result['target']:.3f}; after pruning")
         lines.append(" " * 27 + "".join(f"{column:>12s}" for column in result["prunings"]["not pruned"]))
@@ -961,10 +967,12 @@ def choose_settings(given: dict, folder: Path, reads: bool = False) -> dict:
     cannot serve, or if the folder holds something else than is asked for."""
     unfinished = f"{folder} holds no finished decomposition: make one, or give its folder with --out"
     vpd.reject_if(reads and not (folder / "metrics.json").exists(), unfinished)
-    limits = {"seed": (0, 1e9 - 1), "steps": (1, math.inf), "batch": (1, 1e6), "C": (1e-3, 100)}
+    limits = {"seed": (0, 10**9 - 1), "steps": (1, 10**9), "batch": (1, 10**6), "C": (0.001, 100)}
     for name, (least, most) in limits.items():
         value = given.get(name, least)
-        vpd.reject_if(not least <= value <= most, f"--{name} is {value:g}: give {least:g} to {most:g}")
+        vpd.reject_if(not least <= value <= most, f"--{name} is {value}: give {least} to {most}")
+    for name in {"data", "init_from"} & given.keys():  # the command may be repeated from another folder
+        given[name] = str(Path(given[name]).expanduser().resolve())
     settings = given if reads else SETTINGS | given
     source = Path(given.get("init_from", ""))
     begun = (folder / "settings.json").exists()
@@ -1019,23 +1027,32 @@ def command(options: argparse.Namespace) -> None:
     vpd.reject_if(reads and "LOCAL_RANK" in os.environ, "a run is read by one process: leave out torchrun")
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     folder = options.out or Path("runs") / given.get("preset", SETTINGS["preset"])
+    folder = folder.expanduser()
     device = start_process(options.device)
     with vpd.rank_0_first():
         settings = choose_settings(given, folder, reads)
-    finished = (folder / "metrics.json").exists()
-    run = None if finished and not reads else open_run(settings, folder, device)
-    if options.circuit:
-        print(circuits(run, options.circuit, options.token))
-    if options.report is not None:
-        print(report(run, options.report))
-    if vpd.rank() == 0 and not reads:
-        metrics = json.loads((folder / "metrics.json").read_text()) if finished else evaluate(run)
-        print(f"{vpd.table(metrics)}\nmetrics.json and training.png are in {folder}")
+    if reads:
+        run = open_run(settings, folder, device)
+        if options.circuit:
+            print(circuits(run, options.circuit, options.token))
+        if options.report is not None:
+            prompts = [encoded(run, prompt) for prompt in options.report]
+            print(report(reading(run), folder / "report.html", prompts))
+        return
+    if not (folder / "metrics.json").exists():
+        with vpd.own_folder(folder, "run.lock"):
+            run = open_run(settings, folder, device)
+            if vpd.rank() == 0:
+                evaluate(run)
+    if vpd.rank() == 0:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        print(f"{vpd.table(metrics)}\n{vpd.verdict(metrics)}\nmetrics.json and training.png are in {folder}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 def main() -> None:
     """The command line; see the top of this file."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
     best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -1053,7 +1070,7 @@ def main() -> None:
     add("--token", help="with --circuit: the token to explain (default: what the target predicts)")
     try:
         command(parser.parse_args())
-    except vpd.BadInput as error:
+    except (vpd.BadInput, OSError) as error:
         sys.exit(f"error: {error}")
 
 if __name__ == "__main__":
