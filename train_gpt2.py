@@ -426,9 +426,8 @@ def train_target(model: GPT, ids: np.ndarray, preset: Preset, seed: int, folder:
         unfinished.unlink(missing_ok=True)
     return record
 
-# Hugging Face's names -> ours
 GPT2_NAMES = {"wte": "tokens", "wpe": "positions", "ln_f": "norm", "ln_1": "norm_attn", "ln_2": "norm_mlp",
-              "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}  # fmt: skip
+              "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}  # Hugging Face's names -> ours
 GPT2_CONFIG = {"n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
 
@@ -473,8 +472,8 @@ def read_gpt2(folder: Path) -> dict:
         x = config[name]
         fits = x > 0 if type(x) in (int, float) else x in (usual, "gelu_pytorch_tanh")  # gelu_new's other name
         fits &= type(x) is type(usual)
-        vpd.reject_if(not fits, f"{folder} has {name} = {x!r}, a GPT-2 as published {usual!r}: give such a one")
-    vpd.reject_if(width % config["n_head"], f"{folder}: a width of {width} is not for {config['n_head']} heads")
+        vpd.reject_if(not fits, f"{folder}: its config has {name} = {x!r}, where GPT-2 has {usual!r}: give one of that kind")
+    vpd.reject_if(width % config["n_head"], f"{folder}: {config['n_head']} heads do not divide its width {width}: correct n_head")
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.reject_if(not tied, f"{folder}: lm_head.weight is not wte.weight; give a GPT-2 where they are the same")
     state = {}
