@@ -472,8 +472,8 @@ def read_gpt2(folder: Path) -> dict:
         x = config[name]
         fits = x > 0 if type(x) in (int, float) else x in (usual, "gelu_pytorch_tanh")  # gelu_new's other name
         fits &= type(x) is type(usual)
-        vpd.reject_if(not fits, f"{folder}: its config has {name} = {x!r}, where GPT-2 has {usual!r}: give one of that kind")
-    vpd.reject_if(width % config["n_head"], f"{folder}: {config['n_head']} heads do not divide its width {width}: correct n_head")
+        vpd.reject_if(not fits, f"{folder}: its config has {name} = {x!r}, GPT-2 has {usual!r}: give one like it")
+    vpd.reject_if(width % config["n_head"], f"{folder}: n_head = {config['n_head']} does not divide {width}: mend it")
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.reject_if(not tied, f"{folder}: lm_head.weight is not wte.weight; give a GPT-2 where they are the same")
     state = {}

@@ -134,7 +134,7 @@ BAD_FILES = {  # file, what becomes of its content, message
     "another model": ("model.safetensors", lambda content: content.replace(b"wpe", b"wxe"), "'wpe.weight'"),
     "a word as a number": ("config.json", lambda content: content.replace(b'd": 2', b'd": "2"'), "n_head = '2'"),
     "no heads": ("config.json", lambda content: content.replace(b'd": 2', b'd": 0'), "n_head = 0"),
-    "three heads": ("config.json", lambda content: content.replace(b'd": 2', b'd": 3'), "3 heads do not divide its width 128"),
+    "three heads": ("config.json", lambda content: content.replace(b'd": 2', b'd": 3'), "n_head = 3 does not divide 128: mend it"),
     "half a layer": ("config.json", lambda content: content.replace(b'r": 1', b'r": 0.5'), "n_layer = 0.5"),
     "a word as epsilon": ("config.json", lambda content: content.replace(b"1e-05", b'"1e-05"'), "epsilon = '1e-05'"),
     "null": ("config.json", lambda content: content.replace(b"1e-05", b"null"), "epsilon = None"),
