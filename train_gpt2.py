@@ -137,28 +137,15 @@ def readout(model: GPT) -> Tensor:
 
 # ---- The tokenizer: byte-pair encoding, learned from the text, or GPT-2's ------------------------------------------
 # No merge crosses a border of pieces (a word with the space before it, indentation, signs), which hold the whole text.
-PIECES = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]+| ?_+|\s+")
+# They are short: `learn` counts a piece anew when a pair in it is merged, and a text without spaces (DNA) would be one.
+PIECES = re.compile(r" ?[^\W\d_]{1,100}| ?\d{1,100}| ?[^\w\s]{1,100}| ?_{1,100}|\s{1,100}")
+GPT2_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d]+| ?\d+| ?[^\w\s]+|\s+(?!\S)|\s+")
 
-def character_class(category: str) -> str:
-    """The characters of a category of Unicode ("L", "N", "Zs"), as ranges for a regular expression."""
-    ranges = []  # [first, last]
-    for i in range(sys.maxunicode + 1):
-        if unicodedata.category(chr(i)).startswith(category):
-            if ranges and ranges[-1][1] == i - 1:
-                ranges[-1][1] = i
-            else:
-                ranges.append([i, i])
-    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
-
-@functools.cache
-def gpt2_pieces() -> re.Pattern:
-    """GPT-2's pieces. Its expression names classes that `re` lacks: letters, numbers and white space of Unicode. They
-    are taken from `unicodedata`: characters that are newer than GPT-2 may be split otherwise than by its tokenizer."""
-    letters = character_class("L")
-    numbers = character_class("N")
-    space = r"\t-\r\x85\u2028\u2029" + character_class("Zs")
-    words = rf"'(?:s|t|re|ve|m|ll|d)| ?[{letters}]+| ?[{numbers}]+| ?[^{space}{letters}{numbers}]+"
-    return re.compile(rf"{words}|[{space}]+(?![^{space}])|[{space}]+")
+def gpt2_pieces(text: str) -> list[str]:
+    """GPT-2's pieces. Characters that are newer than GPT-2 may be split otherwise than by its tokenizer."""
+    numbers = [x for x in set(text) if unicodedata.category(x) in ("Nl", "No")]  # letters to `re`, as is "_"
+    of_its_kind = str.maketrans("_\x1c\x1d\x1e\x1f" + "".join(numbers), "!!!!!" + "0" * len(numbers))
+    return [text[slice(*found.span())] for found in GPT2_PIECES.finditer(text.translate(of_its_kind))]
 
 def gpt2_bytes() -> dict[str, int]:
     """GPT-2's files write a byte as one visible character: {character: byte}, in the order of the tokens 0 to 255."""
@@ -166,25 +153,16 @@ def gpt2_bytes() -> dict[str, int]:
     others = [i for i in range(256) if i not in visible]
     return {chr(i): i for i in visible} | {chr(256 + n): i for n, i in enumerate(others)}
 
-def merge(word: list[int], pair: tuple[int, int], token: int) -> list[int]:
-    """The word with every occurrence of the pair, from the left, replaced by the token."""
-    merged = []
-    i = 0
-    while i < len(word):
-        together = tuple(word[i : i + 2]) == pair
-        merged.append(token if together else word[i])
-        i += 2 if together else 1
-    return merged
-
 class Tokenizer:
     """256 bytes, and after them one token for each merge of two tokens. Lossless on any text. gpt2: with the pieces and
     the order of bytes of GPT-2; its <|endoftext|> is made from no text."""
     def __init__(self, merges: list[tuple[int, int]], gpt2: bool = False):
         self.gpt2 = gpt2
         self.merges = [tuple(pair) for pair in merges]
-        self.merged = {pair: 256 + i for i, pair in enumerate(self.merges)}  # pair -> the token that it becomes
+        # While tokens are merged, a token is the character of its number: a merge is then a replacement in a string.
+        self.merged = {chr(a) + chr(b): chr(256 + i) for i, (a, b) in enumerate(self.merges)}
         self.bytes = [bytes([i]) for i in (gpt2_bytes().values() if gpt2 else range(256))]  # of each token
-        self.token_of_byte = {byte[0]: i for i, byte in enumerate(self.bytes)}
+        self.token_of_byte = bytes.maketrans(b"".join(self.bytes), bytes(range(256)))
         for a, b in self.merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
 
@@ -192,14 +170,14 @@ class Tokenizer:
     def learn(text: str, vocabulary: int) -> Tokenizer:
         """Merge the most frequent pair of neighbours, until there are `vocabulary` tokens or no pair is left."""
         count = collections.Counter(PIECES.findall(text))
-        words = [list(piece.encode()) for piece in count]
+        words = [piece.encode().decode("latin-1") for piece in count]  # a character for each byte
         times = list(count.values())  # of each word
         pairs = collections.Counter()  # pair -> how often
         where = collections.defaultdict(set)  # pair -> in which words
         def recount(w, sign):
-            for pair in zip(words[w], words[w][1:]):
-                pairs[pair] += sign * times[w]
-                where[pair].add(w)
+            for a, b in zip(words[w], words[w][1:]):
+                pairs[a + b] += sign * times[w]
+                where[a + b].add(w)
         for w in range(len(words)):
             recount(w, 1)
         merges = []
@@ -208,10 +186,10 @@ class Tokenizer:
             if most == 0:
                 break  # no pair is left
             commonest_pair = min(pair for pair, n in pairs.items() if n == most)
-            merges.append(commonest_pair)
+            merges.append(tuple(map(ord, commonest_pair)))
             for w in where.pop(commonest_pair):
                 recount(w, -1)
-                words[w] = merge(words[w], commonest_pair, token)
+                words[w] = words[w].replace(commonest_pair, chr(token))
                 recount(w, 1)
         return Tokenizer(merges)
 
@@ -219,17 +197,15 @@ class Tokenizer:
         """Token ids: uint16, or uint32 if there are more than 65,536. Raises BadInput for half a surrogate pair."""
         if broken := re.search("[\ud800-\udfff]", text):
             raise vpd.BadInput(f"the text holds half a surrogate pair, {ascii(broken[0])}: give valid Unicode")
-        pieces = (gpt2_pieces() if self.gpt2 else PIECES).findall(text)
+        pieces = gpt2_pieces(text) if self.gpt2 else PIECES.findall(text)
         dtype = np.uint16 if len(self.bytes) <= 1 << 16 else np.uint32
         encoded = {}
         for piece in vpd.with_progress(set(pieces), "encoding the text"):  # every distinct piece once
-            word = [self.token_of_byte[byte] for byte in piece.encode()]
-            while len(word) > 1:
-                first = min(zip(word, word[1:]), key=lambda pair: self.merged.get(pair, math.inf))
-                if first not in self.merged:
-                    break
-                word = merge(word, first, self.merged[first])
-            encoded[piece] = np.array(word, dtype=dtype)
+            word = piece.encode().translate(self.token_of_byte).decode("latin-1")
+            while known := self.merged.keys() & {a + b for a, b in zip(word, word[1:])}:
+                first = min(known, key=self.merged.get)
+                word = word.replace(first, self.merged[first])
+            encoded[piece] = np.array([ord(token) for token in word], dtype=dtype)
         return np.concatenate([np.zeros(0, dtype), *(encoded[piece] for piece in pieces)])
 
     def decode(self, ids) -> str:
@@ -239,15 +215,14 @@ class Tokenizer:
 def gpt2_tokenizer(folder: Path) -> Tokenizer:
     """GPT-2's tokenizer from vocab.json and merges.txt, as downloaded. Raises BadInput if they cannot serve."""
     try:
-        numbers = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        numbers = json.loads(read_text(folder / "vocab.json"))
+        lines = read_text(folder / "merges.txt").split("\n")
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         merges = [(numbers[a], numbers[b]) for a, b in pairs]
         names = [*gpt2_bytes(), *(a + b for a, b in pairs)]
         in_order = [numbers[name] for name in names] == list(range(len(names)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise vpd.BadInput(f"{folder} lacks vocab.json or merges.txt of a GPT-2 ({reason}): give a .bin") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise vpd.BadInput(f"{folder} lacks vocab.json or merges.txt of a GPT-2 ({error!r}): give a .bin") from None
     vpd.reject_if(not in_order, f"{folder}/vocab.json does not number tokens as GPT-2 does: give --data FILE.bin")
     return Tokenizer(merges, gpt2=True)
 
@@ -265,24 +240,33 @@ def standard_library() -> str:
 def read_text(file: Path) -> str:
     """The text of a file. Raises BadInput if there is no such file, or it is empty or not UTF-8."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise vpd.BadInput(f"{file} cannot be read ({error}): give a UTF-8 text or a .bin of token ids") from None
     vpd.reject_if(not text, f"{file} is empty: give a UTF-8 text")
     return text
 
 def read_bin(file: Path) -> np.ndarray:
-    """Token ids, memory-mapped: uint16, as nanoGPT writes them, or uint32, announced on stderr: there every second half
-    (the high ones) is 0 or small, of uint16 ids as large as the others. Raises BadInput if the length is odd."""
+    """Token ids, memory-mapped: uint16, as nanoGPT writes them, or int32 or int64, announced on stderr; without the
+    header of llm.c, if there is one. Raises BadInput if the file is cut short or holds negative ids."""
     vpd.reject_if(not file.is_file(), f"there is no file {file}: give a .bin of token ids")
     size = file.stat().st_size
     vpd.reject_if(size % 2 or not size, f"{file} has {size} bytes: give a file of uint16 or uint32 token ids")
-    halves = np.memmap(file, dtype=np.uint16, mode="r")
-    some = halves[: 1 << 24]
-    wide = size % 4 == 0 and 16 * int(some[1::2].max()) < int(some[::2].max())
-    if wide and vpd.rank() == 0:
-        print(f"{file} is read as uint32: every second half-word is small", file=sys.stderr)
-    return halves.view(np.uint32) if wide else halves
+    header = np.fromfile(file, np.int32, 256)  # llm.c's: the number of its format, a version, how many ids follow
+    of_llm_c = len(header) == 256 and header[0] in (20240520, 20240801)
+    ids = np.memmap(file, dtype=np.uint16, mode="r")[512 if of_llm_c else 0 :]
+    for wider in (np.int32, np.int64):
+        in_pairs = ids[: len(ids) // 2 * 2].view(wider)
+        largest = float(np.abs(in_pairs[: 1 << 22]).max(initial=0))
+        if largest >= 2.0 ** (8 * ids.itemsize - 4) * ids[: 1 << 23].max(initial=0):
+            break  # two ids that are read as one are thousands of times as large as each
+        ids = in_pairs
+    if ids.itemsize > 2 and vpd.rank() == 0:
+        print(f"{file} is read as {ids.dtype}", file=sys.stderr)
+    short = size % ids.itemsize or (of_llm_c and len(ids) != header[2])
+    vpd.reject_if(short, f"{file} is cut short: its {size} bytes hold {len(ids)} whole {ids.dtype}; make it again")
+    vpd.reject_if(ids[: 1 << 23].min(initial=0) < 0, f"{file} holds negative token ids: make it without them")
+    return ids
 
 @functools.cache
 def windows(tokens: int, T: int, validation: bool) -> tuple[np.ndarray, int]:
@@ -355,11 +339,14 @@ def load_target(place: Path | None) -> tuple[GPT | None, dict | None]:
             saved = torch.load(place / "target.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises almost anything on a file that is not its own
             raise vpd.BadInput(f"{place}/target.pt is damaged ({type(error).__name__}): delete it, repeat the command")
-    elif place and (place / "config.json").exists():
+    elif place and ((place / "config.json").exists() or (place / "ckpt.pt").exists()):
         saved = read_gpt2(place)
     else:
         return None, None
     model = GPT(Shape(**saved["shape"]))
+    biases = {name: x for name, x in model.state_dict().items() if name.endswith(".bias")}
+    if biases.keys().isdisjoint(saved["model"]):  # nanoGPT's bias=False; those of a new model are 0
+        saved["model"] |= biases
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:  # its second line names the first tensor that is wrong
@@ -433,50 +420,65 @@ def train_target(run: Run, seed: int) -> dict:
         unfinished.unlink(missing_ok=True)
     return record
 
-GPT2_NAMES = {  # Hugging Face's names -> ours; `c_attn` is q, k and v beside each other
-    "wte": "tokens", "wpe": "positions", "ln_f": "norm", "ln_1": "norm_attn", "ln_2": "norm_mlp",
-    "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}  # fmt: skip
+GPT2_NAMES = {"wte": "tokens", "wpe": "positions", "ln_f": "norm", "ln_1": "norm_attn", "ln_2": "norm_mlp",
+              "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}  # Hugging Face's names -> ours
+GPT2_CONFIG = {"n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, in float32. It holds 8 bytes, a length; a header so long, JSON; tensors."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+    """The tensors of a .safetensors file: 8 bytes, a length; a header so long, JSON; tensors. Raises BadInput."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
+    short = f"{file} is not whole, but half a download or a pointer of git-lfs: fetch it again"
+    vpd.reject_if(start > len(content), short)
     tensors = {}
     for name, entry in json.loads(content[8:start]).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
+            vpd.reject_if(start + end > len(content), short)
             raw = torch.frombuffer(bytearray(content[start + begin : start + end]), dtype=dtypes[entry["dtype"]])
-            tensors[name] = raw.reshape(entry["shape"]).float()
+            tensors[name] = raw.reshape(entry["shape"])
     return tensors
 
 def read_gpt2(folder: Path) -> dict:
-    """A GPT-2 of any size, as `save_target` saves a target: {"shape": sizes, "model": {name in
-    `GPT`: weights}, "record"}. Raises BadInput if it cannot be read, or if it is no GPT-2 as published."""
+    """A GPT-2 of any size, as downloaded, or nanoGPT's ckpt.pt (with GPT-2's GELU), as `save_target` saves a target:
+    {"shape": sizes, "model": {name in `GPT`: weights}, "record"}. Raises BadInput if there is no such thing."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        given = read_safetensors(folder / "model.safetensors")
-        given = {name.removeprefix("transformer."): x for name, x in given.items()}
-        vocabulary, width = given["wte.weight"].shape
-        shape = {"layers": config["n_layer"], "width": width, "heads": config["n_head"], "vocabulary": vocabulary,
-                 "context": len(given["wpe.weight"]), "epsilon": config["layer_norm_epsilon"]}  # fmt: skip
-        as_published = config["activation_function"] in ("gelu_new", "gelu_pytorch_tanh")
+        if (folder / "ckpt.pt").exists():
+            saved = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
+            config = saved["model_args"]
+            given = saved["model"]
+        else:
+            config = json.loads(read_text(folder / "config.json"))
+            given = collections.ChainMap(*map(read_safetensors, folder.glob("model*.safetensors")))  # one, or shards
+        given = {re.sub(r"^((_orig_mod|module|transformer)\.)+", "", name): x.float() for name, x in given.items()}
+        given = {"wte.weight": given.get("lm_head.weight")} | given  # files may hold the one, the other or both
+        context, width = given["wpe.weight"].shape
+        config = GPT2_CONFIG | config  # which is silent about what is usual
+        shape = {"layers": config["n_layer"], "width": width, "heads": config["n_head"], "context": context,
+                 "vocabulary": len(given["wte.weight"]), "epsilon": config["layer_norm_epsilon"]}  # fmt: skip
+        transposed = given["h.0.attn.c_attn.weight"].shape[0] == width  # Hugging Face's Conv1D stores (d_in, d_out)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise vpd.BadInput(f"{folder} is no GPT-2 that can be read ({reason[:100]})") from error
-    as_published &= config.get("scale_attn_weights", True) and not config.get("scale_attn_by_inverse_layer_idx", False)
-    vpd.reject_if(not as_published, f"{folder}/config.json has another activation or attention than GPT-2 as published")
+        raise vpd.BadInput(f"{folder} holds no GPT-2 that can be read: {error!r:.300}") from error
+    for name, usual in GPT2_CONFIG.items():
+        x = config[name]
+        fits = x > 0 if type(x) in (int, float) else x in (usual, "gelu_pytorch_tanh")  # gelu_new's other name
+        fits &= type(x) is type(usual)
+        vpd.reject_if(not fits, f"{folder}: its config has {name} = {x!r}, GPT-2 has {usual!r}: give one like it")
+    vpd.reject_if(width % config["n_head"], f"{folder}: n_head = {config['n_head']} does not divide {width}: mend it")
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.reject_if(not tied, f"{folder}: lm_head.weight is not wte.weight; give a GPT-2 where they are the same")
     state = {}
     for name, x in given.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # masks of attention, in older files
-        if name.startswith("h.") and x.dim() == 2:
-            x = x.T  # Hugging Face's Conv1D stores (d_in, d_out)
+        if transposed and name.startswith("h.") and x.dim() == 2:
+            x = x.T
         for theirs, ours in GPT2_NAMES.items():
             name = name.replace(f"{theirs}.", f"{ours}.")
-        if "c_attn" in name:
+        if "c_attn" in name:  # q, k and v beside each other
             for matrix, third in zip("qkv", x.chunk(3)):
                 state[name.replace("c_attn", matrix)] = third
         else:
@@ -512,9 +514,7 @@ def load_corpus(data: str, vocabulary: int, place: Path | None) -> tuple[np.ndar
         tokenizer = Tokenizer(**json.loads((place / "tokenizer.json").read_text()))
     tokens = len(tokenizer.bytes) if tokenizer else 0
     if data.endswith(".bin"):
-        if tokens > vocabulary:
-            tokenizer = None  # it is another model's
-        return read_bin(Path(data)), tokenizer
+        return read_bin(Path(data)), tokenizer if tokens <= vocabulary else None  # None: it is another model's
     vpd.reject_if(tokens > vocabulary, f"the tokenizer has {tokens} tokens, but the model {vocabulary}: give its own")
     if place and (place / "tokens.npy").exists():
         return np.load(place / "tokens.npy", mmap_mode="r"), tokenizer
