@@ -566,7 +566,8 @@ def prepare_run(settings: dict, folder: Path, device: str) -> Run:
     if settings["data"].endswith(".bin") and not (model and place == folder):  # else it was checked before
         largest = int(ids.max())
         wrong = f"{settings['data']} holds the token id {largest}, but the target's vocabulary has {shape.vocabulary}"
-        vpd.reject_if(model and largest >= shape.vocabulary, wrong)
+        way_out = "give ids of its own tokenizer, or leave out --init-from to train a target on these"
+        vpd.reject_if(model and largest >= shape.vocabulary, f"{wrong}: {way_out}")
         shape = replace(shape, vocabulary=64 * (largest // 64 + 1))
     if not model:
         if vpd.rank() == 0:
@@ -976,7 +977,8 @@ def choose_settings(given: dict, folder: Path, reads: bool = False) -> dict:
     settings = given if reads else SETTINGS | given
     source = Path(given.get("init_from", ""))
     begun = (folder / "settings.json").exists()
-    if "init_from" in given and not begun and not (source / "config.json").exists():  # a run, not a GPT-2
+    is_gpt2 = (source / "config.json").exists() or (source / "ckpt.pt").exists()
+    if "init_from" in given and not begun and not is_gpt2:
         complete = (source / "settings.json").exists() and (source / "target.pt").exists()
         vpd.reject_if(not complete, f"{source} is no run with a finished target: give the folder of one, or a GPT-2")
         brings = "a run given to --init-from brings its preset and data: leave out --preset and --data"
@@ -1057,7 +1059,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="default: laptop; gpu and paper are for GPUs")
-    add("--data", help="a UTF-8 text, or FILE.bin of uint16 or uint32 token ids (default: Python's standard library)")
+    add("--data", help="a UTF-8 text, or FILE.bin of token ids (default: the source of Python's standard library)")
     add("--init-from", metavar="FOLDER", help="decompose the target of this run, or a GPT-2 as downloaded")
     add("--steps", type=int, help="of the decomposition (default: the preset's)")
     add("--batch", type=int, help="windows in a step, of all processes together (default: the preset's)")
