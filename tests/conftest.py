@@ -1,8 +1,10 @@
-"""What holds for every test, and a finished run of a tiny language model, which several files read."""
+"""What several test files share: helpers, and a finished run of a tiny language model."""
 
-import dataclasses
 import functools
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,30 +12,62 @@ import torch
 import train_gpt2 as gpt
 import vpd
 
+torch.set_num_threads(1)  # models so small that two threads would only wait for each other
+
 TEXT = "def first(self, x):\n    return '<b>' & x\n\n\nclass Name:\n\tdef second(self): return \"</script>\" \n" * 60
+TRANSFORMER = {"G_type": "transformer", "G_width": 32, "G_blocks": 1, "G_heads": 2}  # for inputs that are sequences
 
 @pytest.fixture(autouse=True)
 def process_as_it_was():
-    """A command may choose threads and another precision of matrix products for its process: the next test starts anew."""
+    """A command may choose threads and another precision of products for its process: the next test starts anew."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_flash_sdp(True)
 
+def same(a, b):
+    """Equal to the last bit, through dicts, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+def logged(folder):
+    """The lines of a decomposition's log, without how long it took."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+    return lines
+
+def code_blocks(title):
+    """The blocks of code in a section of the README."""
+    readme = (Path(vpd.__file__).parent / "README.md").read_text()
+    _, rest = readme.split(f"## {title}\n")
+    section, *_ = rest.split("\n## ")
+    return re.findall(r"```(?:python)?\n(.*?)```", section, re.S)
+
 def tiny_preset(**changes):
     """Two layers of width 16, six subcomponents for each matrix; seconds."""
-    config = vpd.Config(steps=30, faithfulness_steps=50, lr=5e-3, G_type="transformer", G_width=32, G_blocks=1, G_heads=2)
-    C = dict.fromkeys(gpt.SUBCOMPONENTS["laptop"], 6)
-    return gpt.Preset(gpt.Shape(2, 16, 2, 16, 280), 4, 60, 1e-2, C, dataclasses.replace(config, **changes))
+    shape = gpt.Shape(layers=2, width=16, heads=2, context=16, vocabulary=280)
+    C = {"attn.q": 6, "attn.k": 6, "attn.v": 6, "attn.o": 6, "mlp.up": 6, "mlp.down": 6}
+    config = vpd.Config(**{"steps": 30, "faithfulness_steps": 50, "lr": 5e-3, **TRANSFORMER, **changes})
+    return gpt.Preset(shape, batch=4, target_steps=60, target_lr=1e-2, C=C, config=config)
+
+def use_preset(patch, preset):
+    """While the patch holds, `laptop` is this preset, and little is evaluated."""
+    patch.setitem(gpt.PRESETS, "laptop", preset)
+    patch.setattr(gpt, "EVALUATED", 256)
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text(TEXT)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(gpt.PRESETS, "laptop", tiny_preset())
-        patch.setattr(gpt, "EVALUATED", 256)
+        use_preset(patch, tiny_preset())
         opened = gpt.open_run(gpt.SETTINGS | {"data": str(folder / "text.txt")}, folder / "run", "cpu")
         gpt.evaluate(opened)
     return opened
@@ -41,26 +75,30 @@ def finished_run(tmp_path_factory):
 @pytest.fixture
 def run(finished_run, monkeypatch):
     """A finished run of a tiny model on TEXT; while a test uses it, `laptop` is its preset."""
-    monkeypatch.setitem(gpt.PRESETS, "laptop", tiny_preset())
-    monkeypatch.setattr(gpt, "EVALUATED", 256)
+    use_preset(monkeypatch, tiny_preset())
     return finished_run
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs the command line in this process, with short attacks and prunings and no picture; returns what it printed."""
+    """Runs a command line in this process, with short attacks and prunings, no picture; returns what it printed."""
     attack = vpd.fresh_adversary
-
     def short_attack(*arguments, **options):
         reached = attack(*arguments, **options, steps=3)
         return reached + reached[-1:] * 77
-
     monkeypatch.setattr(vpd, "fresh_adversary", short_attack)
     monkeypatch.setattr(vpd, "prune", functools.partial(vpd.prune, steps=20))
     monkeypatch.setattr(vpd, "draw_run", lambda *_: None)  # that of `finished_run` is drawn
-
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--device", "cpu", *map(str, arguments)])
         gpt.main()
         return capsys.readouterr().out
+    return call
 
+@pytest.fixture
+def refused(command):
+    """Runs a command line that must end in one line with this message."""
+    def call(message, *arguments):
+        with pytest.raises(SystemExit, match=message) as stopped:
+            command(*arguments)
+        assert stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code
     return call

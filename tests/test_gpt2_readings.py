@@ -3,15 +3,14 @@
 import html
 import json
 import re
-from html.parser import HTMLParser
-from pathlib import Path
+import shlex
 
 import pytest
 import torch
 
 import train_gpt2 as gpt
 import vpd
-from conftest import TEXT
+from conftest import TEXT, code_blocks, same
 
 def test_clearness_is_the_share_of_the_three_commonest_tokens_beyond_chance():
     ids = torch.arange(100).repeat(4, 1)  # every token equally often
@@ -27,90 +26,85 @@ def test_clearness_is_the_share_of_the_three_commonest_tokens_beyond_chance():
     assert gpt.commonest(sides["before"], first) == []  # nothing is before the first token
     assert gpt.clearness(sides["before"], usual, first) == 0
 
-class Page(HTMLParser):
-    """The ids and links of a page; its entries; tags that are open, to see that they fit."""
+def entries(run):
+    """{path:c of every subcomponent: its entry on the page}, in their order."""
+    text = (run.folder / "report.html").read_text()
+    # the anchor is inside the entry: a link opens it
+    return dict(re.findall(r'<details><summary>.*?</summary><div id="(.*?)">(.*?)</details>', text, re.S))
 
-    def __init__(self, text):
-        super().__init__()
-        self.ids, self.links, self.tags, self.inside, self.open_details = [], [], set(), set(), 0
-        self.feed(text)
+def firing(g, path):
+    """Which subcomponents of a matrix fire anywhere."""
+    return [c for c in range(6) if (g[path][..., c] > 0.1).any()]
 
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.add(tag)
-        self.open_details += tag == "details"
-        if "id" in attributes:
-            self.ids.append(attributes["id"])
-            if self.open_details:
-                self.inside.add(attributes["id"])
-        if tag == "a":
-            self.links.append(attributes["href"])
-
-    def handle_endtag(self, tag):
-        self.open_details -= tag == "details"
+def visible(text):
+    return text.replace("\n", "⏎").replace("\t", "→")
 
 def test_the_page_has_an_entry_for_every_subcomponent_that_fires_and_no_token_breaks_it(run, command):
     printed = command("--out", run.folder, "--report", "def first(", "'<b>'")
     text = (run.folder / "report.html").read_text()
-    page = Page(text)
     ids, g, _ = gpt.observe(run)
-    firing = {f"{path}:{c}" for path in g for c in range(6) if (g[path][..., c] > 0.1).any()}
-    assert page.inside == firing  # the anchors are inside the entries: a link opens them
-    assert sorted(page.ids) == sorted(firing | set(g)) and f"the page of {len(firing)} subcomponents" in printed
-    assert {link for link in page.links if ":" in link} <= {f"#{name}" for name in firing}
-    assert {f"#{path}" for path in g} <= set(page.links)
-    assert page.tags.isdisjoint({"script", "b>", "link", "img"}) and page.open_details == 0
+    names = []
+    for path in g:
+        names += [f"{path}:{c}" for c in firing(g, path)]
+    assert entries(run).keys() == set(names) and f"the page of {len(names)} subcomponents" in printed
+    assert sorted(re.findall('id="(.*?)"', text)) == sorted([*names, *g])
+    links = {link.removeprefix("#") for link in re.findall('href="(.*?)"', text)}
+    assert set(g) <= links <= {*names, *g}
+    for shown in re.findall("<code>(.*?)</code>", text):
+        assert html.escape(html.unescape(shown)) == shown
     assert "http" not in text and "<code>&#x27;&lt;b&gt;&#x27;</code>" in text  # as a text
 
     metrics = json.loads((run.folder / "metrics.json").read_text())["matrices"]
-    for path, c in ((name.split(":")[0], int(name.split(":")[1])) for name in firing):
-        entry = text.split(f'<div id="{path}:{c}">')[1].split("</details>")[0]
-        fires = g[path][..., c] > 0.1
-        mean = metrics[path]["mean_importance"][c]
+    for name, entry in entries(run).items():
+        path, c = name.split(":")
+        fires = g[path][..., int(c)] > 0.1
+        mean = metrics[path]["mean_importance"][int(c)]
         assert f"at {fires.float().mean():.2%} of all tokens; mean importance {mean:.2g}" in entry
         assert ("<dt>raises" in entry) == path.endswith(("attn.o", "mlp.down"))
-        lines = [html.unescape(re.sub("<.*?>", "", line)) for line in re.findall("<p>.*?</p>", entry)]
+        lines = re.findall("<p>.*?</p>", entry)
         assert len(lines) == min(10, int(fires.sum()))
         for line in lines:
-            assert line in TEXT.replace("\n", "⏎").replace("\t", "→")  # a real passage
+            assert html.unescape(re.sub("<.*?>", "", line)) in visible(TEXT)  # a real passage
+        at = {visible(run.tokenizer.decode([i])) for i in ids[fires].tolist()}
         marked = re.findall(r"<mark[^>]*><code>(.*?)</code></mark>", entry)
-        at = {run.tokenizer.decode([i]) for i in ids[fires].tolist()}
-        assert {html.unescape(token) for token in marked} <= {x.replace("\n", "⏎").replace("\t", "→") for x in at}
+        assert {html.unescape(token) for token in marked} <= at
 
 def test_entries_of_a_matrix_are_in_the_order_of_clearness_and_say_what_the_write_direction_raises(run, command):
     command("--out", run.folder, "--report")
-    text = (run.folder / "report.html").read_text()
     ids, g, a = gpt.observe(run)
     usual = torch.bincount(ids.flatten(), minlength=280) / ids.numel()
     path = "h.1.mlp.down"
-    order = [int(c) for c in re.findall(rf'<div id="{path}:(\d)">', text)]
-    scores = [max(gpt.clearness(x, usual, g[path][..., c] > 0.1) for x in gpt.neighbours(ids).values()) for c in order]
+    order = [name for name in entries(run) if name.startswith(path)]
+    scores = []
+    for name in order:
+        fires = g[path][..., int(name[-1])] > 0.1
+        scores.append(max(gpt.clearness(tokens, usual, fires) for tokens in gpt.neighbours(ids).values()))
     assert scores == sorted(scores, reverse=True) and len(scores) > 2
     # independently: the logits of the model rise most when U_c is added to the stream behind its last block
-    c = order[0]
+    clearest = order[0]
+    c = int(clearest[-1])
     sign = a[path][..., c][g[path][..., c] > 0.1].float().mean().sign()
-    E, w, b = run.model.tokens.weight, run.model.norm.weight, run.model.norm.bias
-    stream = torch.zeros(16, requires_grad=True)
-    x = stream + torch.randn(16, generator=torch.Generator().manual_seed(0)) * 100  # far from 0: the length is constant
-    centred = x - x.mean()
-    logits = (centred / centred.norm().detach() * w + b) @ E.T
-    slopes = [torch.autograd.grad(logit, stream, retain_graph=True)[0] @ run.decomposition.U[path][c] for logit in logits]
-    best = (torch.stack(slopes) * sign).topk(6).indices.tolist()
-    entry = text.split(f'<div id="{path}:{c}">')[1]
-    assert "<dt>raises<dd>" + " ".join(gpt.code(run, i) for i in best) in entry
+    x = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 100  # far from 0: the length is constant
+    norm = run.model.norm
+    def logits(stream):
+        centred = stream - stream.mean()
+        return run.model.tokens.weight @ (centred / (x - x.mean()).norm() * norm.weight + norm.bias)
+    _, slopes = torch.autograd.functional.jvp(logits, x, run.decomposition.U[path][c].detach())
+    best = (slopes * sign).topk(6).indices.tolist()
+    assert "<dt>raises<dd>" + " ".join(gpt.code(run, i) for i in best) in entries(run)[clearest]
 
 def test_a_page_with_too_many_subcomponents_keeps_the_most_important(run, monkeypatch):
     means = json.loads((run.folder / "metrics.json").read_text())["matrices"]
-    ids, g, _ = gpt.observe(run)
+    _, g, _ = gpt.observe(run)
     monkeypatch.setattr(gpt, "SHOWN", 2 * len(g))
     monkeypatch.setattr(gpt, "FLOWS", 0)
     gpt.report(run, [])
-    text = (run.folder / "report.html").read_text()
+    expected = set()
     for path in g:
-        fire = [c for c in range(6) if (g[path][..., c] > 0.1).any()]
-        kept = sorted(fire, key=lambda c: -means[path]["mean_importance"][c])[:2]
-        assert {int(c) for c in re.findall(rf'<div id="{path}:(\d)">', text)} == set(kept)
-    assert "at most 2" in text
+        by_importance = sorted(firing(g, path), key=lambda c: -means[path]["mean_importance"][c])
+        expected |= {f"{path}:{c}" for c in by_importance[:2]}
+    assert set(entries(run)) == expected
+    assert "at most 2" in (run.folder / "report.html").read_text()
 
 def test_a_circuit_is_written_with_its_graph_and_three_prunings(run, command):
     printed = command("--out", run.folder, "--circuit", "def first(")
@@ -128,10 +122,8 @@ def test_the_numbers_of_a_pruning_are_those_of_its_masks(run, command):
     ids = gpt.encoded(run, "def first(")
     target, g = vpd.predict_importances(run.model, run.decomposition, ids)
     ones = {path: torch.ones_like(x) for path, x in g.items()}
-
     def loss(logits):
         return logits[0, -1, 5]
-
     judged = gpt.judge(run, ids, target, ones, loss, vpd.side_by_side(ones) > 0)  # all ones: the target
     for name in ("g as masks", "rounded", "attack 20", "attack 80"):
         assert judged[name] == pytest.approx(target[0, -1, 5].item(), rel=1e-4)
@@ -140,57 +132,46 @@ def test_the_numbers_of_a_pruning_are_those_of_its_masks(run, command):
 def test_a_run_in_bfloat16_can_be_read(run, command, monkeypatch):
     monkeypatch.setattr(run.decomposition, "bf16", True)
     gpt.report(run, ["def"])
-    assert gpt.circuits(run, ["def"], None) and not gpt.observe(run)[1]["h.0.attn.q"].isnan().any()
+    _, g, _ = gpt.observe(run)
+    assert gpt.circuits(run, ["def"], None) and not g["h.0.attn.q"].isnan().any()
 
 def test_the_readmes_section_on_python_runs_as_it_stands(run, capsys):
-    readme = (Path(gpt.__file__).parent / "README.md").read_text()
-    code = re.search(r"## In Python.*?```python\n(.*?)```", readme, re.S)[1]
+    (code,) = code_blocks("In Python")
     exec(code.replace('"runs/laptop"', repr(str(run.folder))), {})
-    for line, done in zip(capsys.readouterr().out.strip().splitlines(), ("ablated", "edited"), strict=True):
-        assert re.fullmatch(rf"h.0.mlp.down:\d {done}: \{{.+\}}", line)
+    ablated, edited = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"h.0.mlp.down:\d ablated: \{.+\}", ablated)
+    assert re.fullmatch(r"h.0.mlp.down:\d edited: \{.+\}", edited)
 
-def test_another_decomposition_of_the_same_target_is_made_from_its_folder(run, tmp_path, command):
+def test_another_decomposition_of_the_same_target_is_made_from_its_folder(run, tmp_path, command, refused):
     half = tmp_path / "half"
     command("--init-from", run.folder, "--C", "0.5", "--steps", "3", "--batch", "2", "--seed", "1", "--out", half)
-    target, same = (torch.load(folder / "target.pt", weights_only=True)["model"] for folder in (run.folder, half))
-    assert all(x.equal(same[name]) for name, x in target.items())
+    model, _ = gpt.load_target(half)
+    assert same(model.state_dict(), run.model.state_dict())
     metrics = json.loads((half / "metrics.json").read_text())
     assert all(matrix["C"] == 3 for matrix in metrics["matrices"].values()) and metrics["data"].endswith("text.txt")
     made = json.loads((half / "decomposition" / "run.json").read_text())["run"]
     assert made["steps"] == 3 and made["seed"] == 1
-    original = json.loads((run.folder / "decomposition" / "run.json").read_text())["run"]
-    assert made["target model"] == original["target model"]
     own = json.loads((run.folder / "metrics.json").read_text())["figures"]  # judged on the same text
-    assert metrics["figures"]["loss of the target"] == own["loss of the target"]
-    assert metrics["figures"]["evaluated positions"] == own["evaluated positions"] == 256
-
-    with pytest.raises(SystemExit, match="brings its preset and data"):
-        command("--init-from", run.folder, "--preset", "laptop", "--out", tmp_path / "new")
-    with pytest.raises(SystemExit, match="no run with a finished target"):
-        command("--init-from", tmp_path, "--out", tmp_path / "new")
-    for setting, value in (("--C", "0"), ("--steps", "0"), ("--seed", "-1")):
-        with pytest.raises(SystemExit, match=f"{setting} is {value}"):
-            command(setting, value, "--out", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    for name in ("loss of the target", "evaluated positions"):
+        assert metrics["figures"][name] == own[name]
     (half / "target.pt").write_bytes(b"cut")
-    with pytest.raises(SystemExit, match="target.pt is damaged"):
-        command("--out", half, "--report")
+    refused("target.pt is damaged", "--out", half, "--report")
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--circuit", "x" * 100], "the model takes 1 to 16"),
-        (["--circuit", ""], "has 0 tokens"),
-        (["--circuit", "def", "--token", "def first("], "is not one token but"),
-        (["--circuit", "def", "--token", ""], "has 0 tokens"),
-        (["--token", ""], "--token needs --circuit PROMPT"),
-        (["--report", "--token", "def"], "--token needs --circuit PROMPT"),
-        (["--report", "--device", "warp"], "there is no device 'warp'"),
-        (["--report", "--seed", "5"], "made with another --seed"),
-        (["--report", "--out", "nowhere"], "holds no finished decomposition"),
-    ],
-)
-def test_bad_questions_end_in_one_line(run, arguments, message, command):
-    with pytest.raises(SystemExit, match=message) as stopped:
-        command("--out", run.folder, *arguments)
-    assert stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code
+BAD_QUESTIONS = [
+    ("--circuit ''", "the model takes 1 to 16"),
+    ("--circuit def --token 'def first('", "is not one token but"),
+    ("--token def", "--token needs --circuit PROMPT"),
+    ("--report --device warp", "there is no device 'warp'"),
+    ("--report --seed 5", "made with another --seed"),
+    ("--report --out nowhere", "holds no finished decomposition"),
+    ("--out new --init-from RUN --preset laptop", "brings its preset and data"),
+    ("--out new --init-from nowhere", "no run with a finished target"),
+    ("--out new --C 0", "--C is 0"),
+    ("--out new --seed -1", "--seed is -1"),
+]
+
+@pytest.mark.parametrize("words, message", BAD_QUESTIONS)
+def test_bad_questions_end_in_one_line_and_leave_no_folder(run, words, message, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(message, "--out", run.folder, *shlex.split(words.replace("RUN", str(run.folder))))
+    assert not (tmp_path / "new").exists()
