@@ -43,11 +43,15 @@ def build(case: str) -> tuple:
     if case in train_gpt2.PRESETS:
         preset = train_gpt2.PRESETS[case]
         model = train_gpt2.GPT(preset.shape).eval()
-        config = preset.config
         divergence = vpd.kl
-        C = {}
-        for i in range(preset.shape.layers):
-            C |= {f"h.{i}.{matrix}": number for matrix, number in preset.C.items()}
+        if hasattr(vpd, "sequence_config"):
+            C = train_gpt2.subcomponents(model, 1)
+            config = vpd.sequence_config(model, C, **preset.settings)
+        else:  # an older checkout
+            C = {}
+            for i in range(preset.shape.layers):
+                C |= {f"h.{i}.{matrix}": number for matrix, number in preset.C.items()}
+            config = preset.config
         batch = torch.randint(preset.shape.vocabulary, (preset.batch, preset.shape.context), generator=data_generator)
     else:
         toy = toy_models.parse_name(case)

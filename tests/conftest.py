@@ -15,7 +15,7 @@ import vpd
 torch.set_num_threads(1)  # models so small that two threads would only wait for each other
 
 TEXT = "def first(self, x):\n    return '<b>' & x\n\n\nclass Name:\n\tdef second(self): return \"</script>\" \n" * 60
-TRANSFORMER = {"G_type": "transformer", "G_width": 32, "G_blocks": 1, "G_heads": 2}  # for inputs that are sequences
+TRANSFORMER = {"G_width": 32, "G_blocks": 1, "G_heads": 2}
 
 @pytest.fixture(autouse=True)
 def process_as_it_was():
@@ -51,11 +51,10 @@ def code_blocks(title):
     return re.findall(r"```(?:python)?\n(.*?)```", section, re.S)
 
 def tiny_preset(**changes):
-    """Two layers of width 16, six subcomponents for each matrix; seconds."""
+    """Two layers of width 16; seconds."""
     shape = gpt.Shape(layers=2, width=16, heads=2, context=16, vocabulary=280)
-    C = {"attn.q": 6, "attn.k": 6, "attn.v": 6, "attn.o": 6, "mlp.up": 6, "mlp.down": 6}
-    config = vpd.Config(**{"steps": 30, "faithfulness_steps": 50, "lr": 5e-3, **TRANSFORMER, **changes})
-    return gpt.Preset(shape, batch=4, target_steps=60, target_lr=1e-2, C=C, config=config)
+    settings = {"steps": 30, "faithfulness_steps": 50, "lr": 5e-3, **TRANSFORMER, **changes}
+    return gpt.Preset(shape, batch=4, target_steps=60, target_lr=1e-2, settings=settings)
 
 def use_preset(patch, preset):
     """While the patch holds, `laptop` is this preset, and little is evaluated."""
@@ -83,7 +82,7 @@ def command(monkeypatch, capsys):
     """Runs a command line in this process, with short attacks and prunings, no picture; returns what it printed."""
     attack = vpd.fresh_adversary
     def short_attack(*arguments, **options):
-        reached = attack(*arguments, **options, steps=3)
+        reached = attack(*arguments, **options | {"steps": 3})
         return reached + reached[-1:] * 77
     monkeypatch.setattr(vpd, "fresh_adversary", short_attack)
     monkeypatch.setattr(vpd, "prune", functools.partial(vpd.prune, steps=20))

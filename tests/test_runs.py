@@ -116,12 +116,6 @@ def in_place(net, x):
     h += 1  # after the matrix has read it
     return y
 
-def tied():
-    """A net whose two matrices share their memory, one as the transpose of the other."""
-    model = net()
-    model.last.weight = nn.Parameter(model.first.weight.detach().T[:3])
-    return model
-
 def windows(generator):
     return torch.randn(8, 4, 4, generator=generator)
 
@@ -135,20 +129,12 @@ def for_windows(**changes):
         (dict(sizes={}), r"no matrix to decompose"),
         (dict(sizes={"first": 0}), r"C\['first'\] is 0.*at least 1"),
         (dict(sizes={"first": True}), r"C\['first'\] is True"),
-        (dict(get_batch=lambda g: {"x": batches(g)}), r"a batch is a dict: make get_batch return one tensor"),
-        (dict(model=tied()), r"first.weight is tied to last.weight"),
-        (dict(model=net().train()), r"call model.eval\(\)"),
-        (dict(model=net().double(), get_batch=lambda g: batches(g).double()), r"torch.float64: call model.float"),
         (dict(model=Computes(lambda net, x: net.first(x) + net.first(2 * x))), r"first runs twice"),
         (dict(model=Computes(lambda net, x: net.first(x))), r"last does not run"),
         (dict(model=Computes(lambda net, x: net.last(net.first(x)[:5]))), r"see different positions"),
-        (dict(model=Computes(lambda net, x: net.last(net.first(x).detach()))), r"no gradient reaches first"),
-        (dict(model=Computes(lambda net, x: (net.last(net.first(x)), x))), r"the model returns a tuple"),
         (dict(model=Computes(in_place)), r"modified by an inplace.*write x = x \+ y"),
-        (dict(get_batch=windows, config=for_windows(G_heads=0)), r"G_heads 0: give at least 1 head"),
+        (dict(get_batch=windows, config=for_windows(G_heads=0)), r"G_heads 0: give a width of"),
         (dict(get_batch=windows, config=for_windows(G_width=30)), r"G_width is 30 and G_heads 2: .*n \* 2 \* heads"),
-        (dict(config=for_windows()), r"set G_type='mlp'"),
-        (dict(config=for_windows(G_type="lstm")), r"G_type is 'lstm'"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(tmp_path, arguments, message):
@@ -173,7 +159,7 @@ def test_a_target_that_turns_nan_stops_the_run_names_itself_and_keeps_the_checkp
     assert saved(tmp_path)["step"] == 3
 
 def test_a_loss_that_turns_inf_stops_the_run_and_is_named(tmp_path):
-    factors = iter([1] * 20 + [math.inf] * 4)  # four evaluations a step: two ascents, the first two losses
+    factors = iter([1] * 22 + [math.inf] * 4)  # two of the check; four a step: two ascents, the first two losses
     message = "the (stochastic|adversarial) .*is not finite at step 5"
     refused(message, tmp_path, config=CONFIG, divergence=lambda a, b: vpd.mse(a, b) * next(factors))
     assert saved(tmp_path)["step"] == 5

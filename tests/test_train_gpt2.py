@@ -463,15 +463,15 @@ class Variant(nn.Module):
 def test_another_architecture_runs_and_is_read_when_only_the_class_and_its_names_are_changed(
     command, small, tmp_path, monkeypatch
 ):
-    C = {"attn.q": 4, "attn.k": 4, "attn.v": 4, "attn.o": 4, "gate": 5, "up": 5}
-    monkeypatch.setitem(gpt.PRESETS, "laptop", dataclasses.replace(small, C=C))
+    names = ("attn.q", "attn.k", "attn.v", "attn.o", "gate", "up")
+    monkeypatch.setattr(gpt, "MATRICES", names)
     monkeypatch.setattr(gpt, "GPT", Variant)
     monkeypatch.setattr(gpt, "EMBEDDINGS", ("tokens",))
     monkeypatch.setattr(gpt, "readout", lambda model: (model.tokens.weight * model.norm.weight).detach())
     out = tmp_path / "run"
     command("--data", tmp_path / "text.txt", "--out", out)
     matrices = json.loads((out / "metrics.json").read_text())["matrices"]
-    assert {path: of["C"] for path, of in matrices.items()} == gpt.paths_and_sizes(small.shape, C)
+    assert set(matrices) == {f"h.{layer}.{name}" for layer in range(2) for name in names}
     command("--out", out, "--report", "def first", "--circuit", "def first")
     page = (out / "report.html").read_text()
     assert 'id="h.0.gate:' in page and 'id="h.1.attn.o:' in page

@@ -96,8 +96,7 @@ REFUSED = {  # a model, what else is given to `decompose`, and what the refusal 
     "two outputs": (partial(Net, after=lambda x: (x, x)), {}, "the model returns a tuple: make it return one tensor"),
     "dict": (Net, {"get_batch": lambda _: {"x": 1}}, "a batch is a dict: make get_batch return one tensor"),
     "tuple": (Net, {"get_batch": lambda _: (1, 2)}, "a batch is a tuple"),
-    "no scalar": (Net, {"divergence": lambda x, y: (x - y) ** 2}, "the divergence is not one number"),
-    "width": (Shifting, {"get_batch": ids, "config": vpd.Config(G_width=30)}, "G_width is 30 and G_heads 4: give a width")}
+    "no scalar": (Net, {"divergence": lambda x, y: (x - y) ** 2}, "the divergence is not one number")}
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_decomposed_is_refused_by_its_cause_in_one_line(name, tmp_path):
@@ -105,8 +104,6 @@ def test_what_cannot_be_decomposed_is_refused_by_its_cause_in_one_line(name, tmp
     model = make()
     if name not in ("part in training mode", "weight-normed after eval"):
         model.eval()
-    if name == "width":
-        model.forward = lambda ids: model.first(model.embed(ids))
     arguments = {"get_batch": numbers, "divergence": vpd.mse, "config": SMALL, "out": tmp_path / "run"} | options
     with pytest.raises(vpd.BadInput, match=message) as refusal:
         vpd.decompose(model, {"first": 3}, **arguments)
