@@ -15,16 +15,16 @@ Repeated, a killed command goes on. Models, after section 3 of Stochastic Parame
 from __future__ import annotations
 
 import argparse
-import collections
-import functools
 import json
 import math
+import os
 import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # a notebook names its own, which may not be there: then the import would fail
 import matplotlib.style
 import torch
 import torch.nn.functional as F
@@ -43,11 +43,10 @@ class TMS(nn.Module):
         self.W = nn.Linear(features, dimensions, bias=False)  # weight: M x N, one column per feature
         self.identity = nn.Linear(dimensions, dimensions, bias=False) if identity else nn.Identity()
         self.WT = nn.Linear(dimensions, features)  # weight: N x M
-        with torch.no_grad():  # columns of unit norm: training drops features that start smaller
-            self.W.weight.copy_(F.normalize(torch.randn(dimensions, features), dim=0))
-            self.WT.bias.zero_()
-            if identity:
-                nn.init.eye_(self.identity.weight)
+        self.W.weight.data = F.normalize(torch.randn(dimensions, features), dim=0)  # training drops smaller columns
+        nn.init.zeros_(self.WT.bias)
+        if identity:
+            nn.init.eye_(self.identity.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.WT(self.identity(self.W(x))))
@@ -57,9 +56,10 @@ class ResidualMLP(nn.Module):
     def __init__(self, features: int, width: int, neurons: int, layers: int):
         super().__init__()
         self.register_buffer("embedding", F.normalize(torch.randn(features, width), dim=-1))  # unit norm, not trained
-        linear = functools.partial(nn.Linear, bias=False)
-        blocks = [{"in": linear(width, neurons), "out": linear(neurons, width)} for _ in range(layers)]
-        self.layers = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            block = {"in": nn.Linear(width, neurons, bias=False), "out": nn.Linear(neurons, width, bias=False)}
+            self.layers.append(nn.ModuleDict(block))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x @ self.embedding  # (B, width)
@@ -68,13 +68,13 @@ class ResidualMLP(nn.Module):
         return h @ self.embedding.T
 
 class Head(nn.Module):
-    """One attention head. q, k and v each read a block of the stream, (B, T, d) to (B, T, d_out)."""
-    def __init__(self, d_qk: int, scores: int, d_v: int, values: int, sink: float):
+    """One attention head with given weights (d_out, d_in). q, k and v each read a block of the stream (B, T, d_in)."""
+    def __init__(self, sink: float, **weights: Tensor):
         super().__init__()
-        self.q, self.k = nn.Linear(d_qk, scores, bias=False), nn.Linear(d_qk, scores, bias=False)
-        self.v = nn.Linear(d_v, values, bias=False)
-        self.o = nn.Linear(values, d_v, bias=False)
         self.sink = sink  # added to the scores of position 0
+        for name, weight in weights.items():  # q, k, v, o
+            self.add_module(name, nn.Linear(*weight.T.shape, bias=False))
+            self.get_submodule(name).weight.data.copy_(weight)
 
     def pattern(self, q: Tensor, k: Tensor) -> Tensor:
         """Attention (B, T, T) for the inputs of q and k."""
@@ -89,32 +89,24 @@ class InductionTransformer(nn.Module):
     """Tokens (B, T), a BOS of number 0 first -> logits (B, T, tokens + 1): attention only, no norm, weights by hand.
     Layer 0 writes the token before (behind the first half; elsewhere a mean of tokens, which does no harm). Where a
     token stands for the second time, layer 1 attends to the position after its first place and copies the token there
-    to the logits; elsewhere mostly to BOS, which has no vector. Each matrix reads one block of the stream: token,
-    position or token before. (Subcomponents of a matrix that reads all could trade weight on all tokens for weight on
-    all positions: not unique.) Attention and logits are far from saturated, so that a subcomponent's size counts."""
+    to the logits; elsewhere mostly to BOS, which has no vector. Each matrix reads one block of the stream (if it read
+    all, it could trade tokens for positions), and attention and logits are far from saturated, so that sizes count."""
     def __init__(self, tokens: int, length: int, dimensions: int):
         super().__init__()
         vectors = torch.eye(tokens) if dimensions == tokens else F.normalize(torch.randn(tokens, dimensions), dim=1)
         self.register_buffer("vectors", torch.cat([torch.zeros(1, dimensions), vectors]))  # of BOS, and of the tokens
-        first = Head(length, length, dimensions, tokens, 0.0)  # layer 0
-        second = Head(dimensions, tokens, dimensions, tokens, 4.5)  # where nothing matches, BOS has the largest score
-        self.layers = nn.ModuleList([first, second])
         at = torch.arange(1, 1 + (length - 1) // 2)  # the first half, from which tokens are copied
-        self.requires_grad_(False)
-        first.q.weight.zero_()
-        first.k.weight.zero_()
-        first.q.weight[at + 1, at + 1] = 5**0.5
-        first.k.weight[at + 1, at] = 5**0.5
-        second.q.weight.copy_(6**0.5 * vectors)
-        second.k.weight.copy_(6**0.5 * vectors)  # a match scores 6
-        for head, strength in ((first, 1), (second, 3)):
-            head.v.weight.copy_(vectors)
-            head.o.weight.copy_(strength * vectors.T)
+        q, k = torch.zeros(2, length, length)
+        q[at + 1, at + 1] = 5**0.5
+        k[at + 1, at] = 5**0.5
+        match = 6**0.5 * vectors  # a match scores 6; where nothing matches, BOS has the largest score
+        first = Head(0.0, q=q, k=k, v=vectors, o=vectors.T)
+        second = Head(4.5, q=match, k=match, v=vectors, o=3 * vectors.T)
+        self.layers = nn.ModuleList([first, second])
 
     def forward(self, ids: Tensor) -> Tensor:
         token = self.vectors[ids]
-        B, T = ids.shape
-        position = torch.eye(T, device=ids.device).expand(B, T, T)
+        position = torch.eye(ids.shape[1], device=ids.device).expand(*ids.shape, -1)
         before = self.layers[0](position, position, token)
         return self.layers[1](token, before, token) @ self.vectors.T
 
@@ -140,8 +132,7 @@ class Toy:
     def batch(self, generator: torch.Generator, n: int | None = None) -> Tensor:
         """(n, features) inputs; n: by default of a step. A feature is present with probability 0.05, with a value from
         U(0, 1); of a residual MLP 1 / features (as in the paper: 100 at 0.01) and U(-1, 1). Induction: (n, length)
-        tokens, a BOS and two halves, each of tokens in random order, none twice: a token of the first half is needed in
-        some sequences, not in others."""
+        tokens, a BOS and two halves, each of different tokens in random order, so that some stand in both halves."""
         if self.length:
             order = torch.rand(2, n or 64, self.features, generator=generator).argsort(-1) + 1  # of all tokens, twice
             half = (self.length - 1) // 2
@@ -152,38 +143,38 @@ class Toy:
         present = torch.rand(n, self.features, generator=generator)
         return (2 * value - 1) * (present < 1 / self.features) if self.layers else value * (present < 0.05)
 
+    def evaluation_data(self, seed: int) -> Tensor:
+        """Inputs that are never trained on."""
+        return self.batch(torch.Generator().manual_seed(10_000 + seed), 1_024 if self.length else 20_000)
+
     def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
         """The setting of a toy model: one for each kind; what depends on its size follows from the size.
         lr: Adam and Muon move every entry by about lr a step, and those of V start at 1 / sqrt(d_in). With two thirds
         of it, subcomponents that do the same do not merge in time. Price: MSE is a mean over N outputs, so a feature's
-        share in it is 1 / N. price_start: from a high price down, a feature is more often found as one subcomponent,
-        and seldom as the sum of its two neighbours'."""
+        share in it is 1 / N. price_start: from a high price down, a feature is more often found as one subcomponent."""
         N = self.features
         # ours: adversary_steps=0, because the ascent that comes with the loss is enough
         config = vpd.Config(steps=2000, seed=seed, lr=0.06 / N**0.5, w_importance=1e-4 / N, w_frequency=2e-3 / N,
                             price_start=7.5, adversary_steps=0)  # fmt: skip
         if self.identity:
-            # An identity is needed, and paid for, whenever any feature is present. At the price above, that of
-            # tms_40-10-id came apart into 64 pieces. So the price is lower, the more features are present at once.
-            price = 1e-3 / N / (0.05 * N) ** 0.5  # not for all models: with it, tms_40-10 found 39 of 40
+            # An identity is needed, and paid for, whenever any feature is present. At the price above it comes apart
+            # where many are present at once; without an identity the price below is too low.
+            price = 1e-3 / N / (0.05 * N) ** 0.5
             config = replace(config, w_importance=price / 2, w_frequency=price, price_start=6.0)
             config = replace(config, steps=2000 if N < 20 else 3500)
         if self.layers:
-            # Two features whose columns of W_in have a cosine over 0.5 easily come to share a subcomponent, and
-            # training seldom parts them again. Large batches, a price that starts high and p from 2 keep them apart
-            # (with p from 1, a third of the features was found). A price that ends low finds the weak columns.
+            # Two features whose columns of W_in have a cosine over 0.5 easily come to share a subcomponent for good. A
+            # price that starts high keeps them apart, as large batches do; one that ends low finds the weak columns.
             config = replace(config, w_importance=1e-5 / N, w_frequency=2e-4 / N, price_start=120.0)
             config = replace(config, steps=3000, lr=0.07 / self.dimensions**0.5)
         if self.length:
-            # price_start: with 4 or more, two mechanisms of a matrix often come to share a subcomponent (with 3 on one
-            # seed of five); with 2, more are on than need be. What else was tried: .github/experiments.md
+            # price_start: with 4, mechanisms often come to share a subcomponent; with 2, more are on than need be
             config = replace(config, w_importance=3e-4, w_frequency=3e-4, w_delta=3.0, price_start=3.0)
             config = replace(config, steps=8000, lr=0.005, muon=4.0, G_type="transformer", G_width=64)
         return replace(config, **{f"w_{loss}": 0.0 for loss in without})
 
     def C(self) -> dict[str, int]:
-        """Subcomponents per matrix, several times what the truth needs: with half as many, some features of TMS (and
-        positions of induction) come to share one."""
+        """Subcomponents per matrix, several times what the truth needs: with half as many, mechanisms share some."""
         model = self.model()
         if self.length:
             return {path: 8 * len(true) for path, true in mechanisms(model).items()}
@@ -194,8 +185,7 @@ class Toy:
 
 def parse_name(name: str, published: bool = False) -> Toy:
     """The toy model of a name; raises BadInput, listing those there are, for an unknown one."""
-    misplaced = published and not name.startswith("resid")
-    vpd.reject_if(misplaced, f"--published is for the residual MLPs: leave it out, {name} says its own size")
+    vpd.reject_if(published and not name.startswith("resid"), "--published is for residual MLPs: leave it out")
     if match := re.fullmatch(r"tms_(\d+)-(\d+)(-id)?", name):
         features = int(match[1])
         dimensions = int(match[2])
@@ -218,18 +208,15 @@ def parse_name(name: str, published: bool = False) -> Toy:
 def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
     """Train the model from scratch to compute x (TMS, with W and W^T tied) or x + ReLU(x) (residual MLP).
     AdamW, weight decay 0.01, cosine to 0, batches of 1,024; learning rates as in the paper."""
-    device = next(model.parameters()).device
     data_generator = torch.Generator().manual_seed(seed)
     trained = list(model.parameters()) if toy.layers else [model.W.weight, model.WT.bias]
     optimizer = torch.optim.AdamW(trained, lr=3e-3 if toy.layers else 5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in vpd.with_progress(range(steps), "target model"):
-        x = toy.batch(data_generator, 1024).to(device)
-        if toy.layers:
-            loss = F.mse_loss(model(x), x + F.relu(x))
-        else:
-            output = F.relu(F.linear(model.W(x), model.W.weight.T, model.WT.bias))
-            loss = F.mse_loss(output, x)
+        x = toy.batch(data_generator, 1024).to(trained[0].device)
+        output = model(x) if toy.layers else F.relu(F.linear(model.W(x), model.W.weight.T, model.WT.bias))
+        wanted = x + F.relu(x) if toy.layers else x
+        loss = F.mse_loss(output, wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -245,14 +232,12 @@ def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tu
     torch.manual_seed(seed)
     model = toy.model().to(device)
     if not path.exists():
-        vpd.reject_if((out / "run.json").exists(), f"{out} holds another run: choose another --out, or delete it")
-        began = time.monotonic()
-        if not toy.length:  # the weights of induction are set by hand
-            train_target(toy, model, seed, steps)
-        saved = {"wanted": wanted, "model": model.state_dict(), "seconds": time.monotonic() - began}
         out.mkdir(parents=True, exist_ok=True)
-        with vpd.atomic_write(path) as file:
-            torch.save(saved, file)
+        with vpd.atomic_write(path) as file:  # opened before the training: a folder that takes no file ends it here
+            began = time.monotonic()
+            if not toy.length:  # the weights of induction are set by hand
+                train_target(toy, model, seed, steps)
+            torch.save({"wanted": wanted, "model": model.state_dict(), "seconds": time.monotonic() - began}, file)
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         held = f"{saved['wanted']['toy']['name']} of seed {saved['wanted']['seed']}"
@@ -277,51 +262,40 @@ def in_features(toy: Toy, model: nn.Module, path: str, weights: Tensor) -> Tenso
         return weights @ model.embedding.T if path.endswith("in") else weights.mT @ model.embedding.T
     return weights.mT if path == "WT" else weights
 
-def alive_subcomponents(toy: Toy, model, decomposition: vpd.Decomposition, probes: Tensor, matrices: dict) -> dict:
-    """{path: Alive}; those that serve no probe come last. matrices: of `vpd.evaluate`."""
+def alive_subcomponents(toy: Toy, model, decomposition: vpd.Decomposition, data: Tensor, matrices: dict) -> dict:
+    """{path: Alive}; those that serve no probe come last. matrices: of `vpd.evaluate` on data, the evaluation set.
+    Probes: 0.75 times each feature alone; for induction the first sequence of the data."""
+    probes = data[:1] if toy.length else 0.75 * torch.eye(toy.features, device=data.device)
     _, g = vpd.predict_importances(model, decomposition, probes)
     alive = {}
     for path, matrix in matrices.items():
-        mean = torch.tensor(matrix["mean_importance"], device=probes.device)
-        numbers = (mean > vpd.ALIVE).nonzero().flatten()
-        on_probes = g[path].flatten(0, -2).index_select(1, numbers)
+        on_probes = g[path][..., :-1].flatten(0, -2)  # (probes, C)
         idle = on_probes.amax(0) < 0.1
         order = (on_probes.argmax(0) + len(on_probes) * idle).argsort(stable=True)
-        numbers = numbers[order]
-        U, V = decomposition.U[path][numbers], decomposition.V[path][:, numbers]
-        matrices_of_path = in_features(toy, model, path, torch.einsum("co,ic->coi", U, V))
-        alive[path] = Alive(numbers, matrices_of_path, on_probes[:, order])
+        mean = torch.tensor(matrix["mean_importance"], device=data.device)
+        numbers = order[mean[order] > vpd.ALIVE]
+        products = torch.einsum("co,ic->coi", decomposition.U[path][numbers], decomposition.V[path][:, numbers])
+        alive[path] = Alive(numbers, in_features(toy, model, path, products), on_probes[:, numbers])
     return alive
 
 def superposition_score(columns: Tensor, subcomponents: Tensor) -> tuple[dict, Tensor]:
-    """MMCS and ML2R of alive subcomponents (alive, M, N) for true columns (M, N), and which is the best of each (N,).
-    MMCS: mean over features of the largest cosine of a subcomponent's column with the true one. ML2R: mean norm ratio
-    of these two. What the target itself does not represent (norm under a tenth of the largest) is no mechanism, and is
-    left out; "true" counts the rest."""
+    """MMCS and ML2R of alive subcomponents (alive, M, N) for true columns (M, N): the mean largest cosine of a
+    subcomponent's column with the true one, and the mean ratio of their norms; and which is the best of each (N,).
+    "true": how many the target represents; those with a norm under a tenth of the largest are left out."""
     if not len(subcomponents):
         subcomponents = torch.zeros_like(columns).unsqueeze(0)
     true_norm = columns.norm(dim=0)  # (N,)
     represented = true_norm > 0.1 * true_norm.max()
     cosine, best = F.cosine_similarity(subcomponents, columns, dim=1).max(0)  # (N,), (N,)
-    norm = subcomponents.norm(dim=1).gather(0, best.unsqueeze(0)).squeeze(0)
-    ratio = norm / true_norm
+    ratio = subcomponents.norm(dim=1).gather(0, best.unsqueeze(0)).squeeze(0) / true_norm
     means = {"mmcs": cosine[represented].mean().item(), "ml2r": ratio[represented].mean().item()}
     return {"true": int(represented.sum()), **means}, best
 
-def score_tms(toy: Toy, model: TMS, alive: dict[str, Alive], matrices: dict) -> list[set]:
-    """Add the scores of W and W^T to `matrices`; returns the true groups: what serves each feature; the identity."""
-    for path in ("W", "WT"):
-        columns = in_features(toy, model, path, model.get_submodule(path).weight)
-        scores, _ = superposition_score(columns, alive[path].matrices)
-        matrices[path] |= scores
-    return true_groups(toy, alive, "identity")
-
-def score_residual_mlp(toy: Toy, alive: dict[str, Alive], matrices: dict) -> list[set]:
-    """Add the scores to `matrices`; returns the true groups: what serves each feature in the W_in; each W_out.
-    W_in: features_recovered = share of features for which exactly one subcomponent has g > 0.1 on the one-hot probe,
-    one that serves no other. W_out: rank of the sum of the subcomponents, without singular values under 1 % of the
-    largest (truth: the number of neurons); dense = of the subcomponents with g > 0.1 on some probe, the share on the
-    average probe (truth: 1)."""
+def score_residual_mlp(alive: dict[str, Alive], matrices: dict) -> None:
+    """Add the scores of a residual MLP to `matrices`. W_in: features_recovered = share of features whose probe has
+    exactly one subcomponent with g > 0.1, which serves no other. W_out: rank of the sum of the subcomponents, without
+    singular values under 1 % of the largest (truth: the number of neurons); dense = of the subcomponents with g > 0.1
+    on some probe, the share on the average probe (truth: 1)."""
     for path, of_matrix in alive.items():
         on = of_matrix.on_probes > 0.1
         if path.endswith("in"):
@@ -331,58 +305,40 @@ def score_residual_mlp(toy: Toy, alive: dict[str, Alive], matrices: dict) -> lis
             matrices[path]["features_recovered"] = recovered.float().mean().item()
         else:
             used = on.any(0)
-            rank = torch.linalg.matrix_rank(of_matrix.matrices.sum(0), rtol=0.01)
-            matrices[path]["rank"] = int(rank)
+            matrices[path]["rank"] = int(torch.linalg.matrix_rank(of_matrix.matrices.sum(0), rtol=0.01))
             matrices[path]["dense"] = on[:, used].float().mean().item() if used.any() else 0.0
-    return true_groups(toy, alive, "out")
-
-def true_groups(toy: Toy, alive: dict[str, Alive], all_together: str) -> list[set]:
-    """For each feature what has g > 0.1 on its probe, as {(path, c), ...}; but all of a path that ends like this."""
-    groups = [set() for _ in range(toy.features)]
-    for path, of_matrix in alive.items():
-        names = [(path, c) for c in of_matrix.numbers.tolist()]
-        if path.endswith(all_together):
-            groups.append(set(names))
-            continue
-        for feature, i in (of_matrix.on_probes > 0.1).nonzero().tolist():
-            groups[feature].add(names[i])
-    return groups
 
 def mechanisms(model: InductionTransformer) -> dict[str, Tensor]:
-    """What each matrix was made of, {path: (n, d_out, d_in)}: for each token, or for each position that a token can be
-    copied from, one of its rows (of o: columns) that are not zero."""
+    """What each matrix was made of, {path: (n, d_out, d_in)}: its rows (of o: columns) that are not zero, each alone.
+    They stand for the tokens, or for the positions that a token can be copied from."""
     true = {}
     for name, weight in model.named_parameters():
-        by_row = weight.T if name.endswith("o.weight") else weight
-        rows = by_row.new_zeros(len(by_row), *by_row.shape)  # (n, n, d)
-        for i, row in enumerate(by_row.detach()):
-            rows[i, i] = row  # each row alone
-        rows = rows[rows.flatten(1).any(1)]
-        true[name.removesuffix(".weight")] = rows.mT if name.endswith("o.weight") else rows
+        path = name.removesuffix(".weight")
+        eye = torch.eye(weight.shape[1]).unsqueeze(1) if path.endswith("o") else torch.eye(len(weight)).unsqueeze(2)
+        alone = weight.data * eye.to(weight.device)
+        true[path] = alone[alone.flatten(1).any(1)]
     return true
 
 def needed(ids: Tensor) -> dict[str, tuple]:
-    """Where each mechanism is needed on sequences `ids` (B, T), by construction. {path: (what its mechanisms serve,
-    sequences, positions, mechanisms)}: three lists, with one place for every token that stands twice."""
+    """Where the mechanisms are needed on ids (B, T), by construction: {path: (sequences, positions, mechanisms)}, three
+    lists with one place for every token that stands twice."""
     twice = ids.unsqueeze(2) == ids.unsqueeze(1)
     sequence, first, second = twice.triu(1).nonzero().T
     after = first + 1
     token = ids[sequence, first] - 1
     copied = ids[sequence, after] - 1
-    places = {"0.q": ("position", sequence, after, first - 1), "0.k": ("position", sequence, first, first - 1)}
-    places |= {"0.v": ("token", sequence, first, token), "0.o": ("token", sequence, after, token)}
-    places |= {"1.q": ("token", sequence, second, token), "1.k": ("token", sequence, after, token)}
-    places |= {"1.v": ("copied", sequence, after, copied), "1.o": ("copied", sequence, second, copied)}
+    places = {"0.q": (sequence, after, first - 1), "0.k": (sequence, first, first - 1)}
+    places |= {"0.v": (sequence, first, token), "0.o": (sequence, after, token)}
+    places |= {"1.q": (sequence, second, token), "1.k": (sequence, after, token)}
+    places |= {"1.v": (sequence, after, copied), "1.o": (sequence, second, copied)}
     return {f"layers.{matrix}": place for matrix, place in places.items()}
 
-def score_induction(model: InductionTransformer, ids: Tensor, g: dict[str, Tensor], alive: dict, metrics: dict) -> list:
+def score_induction(model: InductionTransformer, ids: Tensor, g: dict, alive: dict, metrics: dict) -> None:
     """Add to metrics the scores of the mechanisms of each matrix, and precision and recall of g > 0.1 against what is
-    `needed` on ids (B, T); g: {path: (B, T, C)}. Returns the true groups: what serves each token, copied token and
-    position best, by the weights."""
+    `needed` on ids (B, T), of the subcomponents that are best by the weights. g: {path: (B, T, C + 1)}."""
     right = on = wanted = 0
-    groups = collections.defaultdict(set)  # {(what is served, its number): {(path, c), ...}}
     true = mechanisms(model)
-    for path, (serves, sequence, position, mechanism) in needed(ids).items():
+    for path, (sequence, position, mechanism) in needed(ids).items():
         columns = true[path].flatten(1).T  # (d_out d_in, n): compared as TMS's columns are
         candidates = alive[path].matrices.flatten(1).unsqueeze(2).expand(-1, -1, columns.shape[1])
         scores, best = superposition_score(columns, candidates)
@@ -390,43 +346,25 @@ def score_induction(model: InductionTransformer, ids: Tensor, g: dict[str, Tenso
         is_on = g[path] > 0.1
         on += int(is_on.sum())
         wanted += len(mechanism)
-        if len(candidates):
-            serving = alive[path].numbers[best]  # of each mechanism
-            right += int(is_on[sequence, position, serving[mechanism]].sum())
-            for n, c in enumerate(serving.tolist()):
-                groups[serves, n].add((path, c))
+        if len(alive[path].numbers):
+            right += int(is_on[sequence, position, alive[path].numbers[best[mechanism]]].sum())
     metrics["figures"] |= {"importances precision": right / max(1, on), "importances recall": right / max(1, wanted)}
-    return list(groups.values())
-
-def score_groups(g: dict[str, Tensor], true: list[set], figures: dict) -> None:
-    """Add how many groups `vpd.cluster` finds on g > 0.01, how many are true, and how many of these it finds exactly.
-    g: {path: (..., C)}."""
-    names = []
-    for path, x in g.items():
-        names += [(path, c) for c in range(x.shape[-1])]
-    clusters = vpd.cluster(vpd.side_by_side(g) > 0.01)
-    exact = 0
-    for columns in clusters["groups"]:
-        members = {names[c] for c in columns}
-        exact += true.count(members) == 1  # two features with the same subcomponents are not found
-    figures |= {"groups found": len(clusters["groups"]), "groups true": len(true), "groups exact": exact}
 
 @torch.no_grad()
 def score(toy: Toy, model, decomposition: vpd.Decomposition, data: Tensor, metrics: dict) -> dict[str, Alive]:
     """Add the scores to metrics, which has "figures" and "matrices" of `vpd.evaluate` on data, the evaluation set.
-    Returns {path: Alive} for the pictures. Probes: 0.75 times each feature alone; for induction one sequence."""
-    probes = data[:1] if toy.length else 0.75 * torch.eye(toy.features, device=data.device)
-    alive = alive_subcomponents(toy, model, decomposition, probes, metrics["matrices"])
-    _, g = vpd.predict_importances(model, decomposition, data)
-    g = {path: x[..., :-1] for path, x in g.items()}
+    Returns {path: Alive} for the pictures."""
+    alive = alive_subcomponents(toy, model, decomposition, data, metrics["matrices"])
     if toy.length:
-        true = score_induction(model, data, g, alive, metrics)
-        g = {path: x.amax(1) for path, x in g.items()}  # a group is active anywhere in a sequence
+        _, g = vpd.predict_importances(model, decomposition, data)
+        score_induction(model, data, g, alive, metrics)
     elif toy.layers:
-        true = score_residual_mlp(toy, alive, metrics["matrices"])
-    else:
-        true = score_tms(toy, model, alive, metrics["matrices"])
-    score_groups(g, true, metrics["figures"])
+        score_residual_mlp(alive, metrics["matrices"])
+    else:  # the identity has no features of its own
+        for path in ("W", "WT"):
+            columns = in_features(toy, model, path, model.get_submodule(path).weight)
+            scores, _ = superposition_score(columns, alive[path].matrices)
+            metrics["matrices"][path] |= scores
     return alive
 
 # ---- The pictures ---------------------------------------------------------------------------------------------------
@@ -452,8 +390,7 @@ def draw_subcomponents(toy: Toy, model, decomposition: vpd.Decomposition, path: 
         for feature, (x, y) in enumerate(matrix.T.tolist()):
             if abs(x) + abs(y) > 0.05 * limit:  # else nothing but an arrowhead, which has a size of its own
                 axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{feature % 10}", "lw": 2})
-    shown = f"{len(alive.numbers)} alive, {len(panels) - 2} shown; one arrow or column per feature"
-    figure.suptitle(f"{toy.name}, {path}: {shown}", size=10)
+    figure.suptitle(f"{toy.name}, {path}: {len(alive.numbers)} alive; one arrow or column per feature", size=10)
     figure.savefig(file, dpi=110)
 
 def draw_importances(toy: Toy, alive: dict[str, Alive], file: Path) -> None:
@@ -469,10 +406,9 @@ def draw_importances(toy: Toy, alive: dict[str, Alive], file: Path) -> None:
     figure.colorbar(image, ax=figure.axes, label="causal importance g")
     figure.savefig(file, dpi=110)
 
-def draw_attention(model: nn.Module, decomposition: vpd.Decomposition, ids: Tensor, file: Path) -> None:
+def draw_attention(model: nn.Module, alive: dict[str, Alive], ids: Tensor, file: Path) -> None:
     """Induction: the attention of both layers on one sequence (1, T), with the subcomponents of q and k that are on."""
-    _, inputs = vpd.forward_with_inputs(model, decomposition.U, ids)
-    _, g = vpd.predict_importances(model, decomposition, ids)
+    _, inputs = vpd.forward_with_inputs(model, alive, ids)
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     for layer, axis in enumerate(figure.subplots(1, 2)):
         q, k = f"layers.{layer}.q", f"layers.{layer}.k"
@@ -480,10 +416,9 @@ def draw_attention(model: nn.Module, decomposition: vpd.Decomposition, ids: Tens
         axis.imshow(pattern.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
         axis.set(title=f"layer {layer}: attention", xlabel="to (with what is on of k)", ylabel="from (with q)")
         for path, set_ticks, separator in ((k, axis.set_xticks, "\n"), (q, axis.set_yticks, "  ")):
-            labels = [chr(64 + token) for token in ids.flatten().tolist()]  # A is token 1
-            labels[0] = "BOS"
-            for t, c in (g[path][0, :, :-1] > 0.1).nonzero().tolist():
-                labels[t] += f"{separator}{path[-1]}:{c}"
+            labels = ["BOS", *(chr(64 + token) for token in ids[0, 1:].tolist())]  # A is token 1
+            for t, i in (alive[path].on_probes > 0.1).nonzero().tolist():
+                labels[t] += f"{separator}{path[-1]}:{alive[path].numbers[i]}"
             set_ticks(range(len(labels)), labels)
     figure.savefig(file, dpi=110)
 
@@ -497,8 +432,7 @@ def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, 
     decomposition = vpd.decompose(model, toy.C(), toy.batch, divergence, toy.config(seed, without), out)
     last = json.loads((out / "log.jsonl").read_text().splitlines().pop())
     seconds = {"target": target_seconds, "decomposition": last["seconds"]}  # of all sessions of the run
-    data_generator = torch.Generator().manual_seed(10_000 + seed)
-    data = toy.batch(data_generator, 1_024 if toy.length else 20_000).to(device)  # never trained on
+    data = toy.evaluation_data(seed).to(device)
     metrics = {"model": name, "seed": seed, "without": without, "seconds": seconds}
     metrics |= vpd.evaluate(model, decomposition, [data], divergence, seed)
     alive = score(toy, model, decomposition, data, metrics)
@@ -507,7 +441,7 @@ def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, 
     vpd.draw_run(metrics, out / "log.jsonl", out / "training.png")
     draw_importances(toy, alive, out / "importances.png")
     if toy.length:
-        draw_attention(model, decomposition, data[:1], out / "attention.png")
+        draw_attention(model, alive, data[:1], out / "attention.png")
         return metrics
     for path, of_matrix in alive.items():
         draw_subcomponents(toy, model, decomposition, path, of_matrix, out / f"subcomponents_{path}.png")
@@ -515,13 +449,14 @@ def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, 
 
 def main() -> None:
     """The command line; see the top of this file."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding must not end a finished run
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tms_5-2", help="default: tms_5-2")
     parser.add_argument("--seed", type=int, default=0, help="of the target, its data and the decomposition")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL with what differs from the default)")
-    known = ("stochastic", "adversarial", "importance", "frequency", "delta")
-    losses = {"nargs": "+", "choices": known, "default": (), "metavar": "LOSS"}
-    parser.add_argument("--without", **losses, help=f"train without one or more of {', '.join(known)}")
+    losses = ("stochastic", "adversarial", "importance", "frequency", "delta")
+    one_or_more = f"train without one or more of {', '.join(losses)}"
+    parser.add_argument("--without", nargs="+", choices=losses, default=(), metavar="LOSS", help=one_or_more)
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
     parser.add_argument("--published", action="store_true", help="residual MLP in the published size, much slower")
     options = parser.parse_args()
@@ -530,11 +465,15 @@ def main() -> None:
     differs = [f"-seed-{options.seed}"] if options.seed else []
     differs += [f"-without-{loss}" for loss in options.without]
     differs += ["-published"] if options.published else []
-    out = options.out or Path("runs") / "".join([options.model, *differs])
+    out = (options.out or Path("runs") / "".join([options.model, *differs])).expanduser()
     try:
         metrics = run(options.model, options.seed, out, options.without, options.device, options.published)
-    except vpd.BadInput as error:
+    except (vpd.BadInput, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save hides that of a full disk
+            sys.exit(f"error: {error.__context__}")
+        raise
     print(f"{vpd.table(metrics)}\npictures and metrics.json are in {out}")
 
 if __name__ == "__main__":

@@ -875,68 +875,6 @@ def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Cal
             ascend(ascent, sources, sources.grad)
     return by_path((lower_leaky(z) * active).detach(), decomposition.U)
 
-def cluster(active: Tensor, alpha: float = 3.0) -> dict:
-    """Which subcomponents are one component, because they are active together? By minimum description length.
-
-    active: bools (positions, C), for example g > 0.01. A group is active where any member is. What is active at a
-    position takes log2(k) + alpha * members bits for each group that is active there: its name, one of k groups, and
-    alpha to write out each member. The higher alpha, the more alike members must be: two equally frequent ones merge if
-    each is active where the other is with a probability of about 2 alpha / (2 alpha + log2(k)), 0.38 for 3 and k = 900.
-    Greedy: all begin alone; the pair whose merger costs least is merged, down to one group; the cheapest grouping on
-    the way is the result. ours: [VPD] draws the pair among the cheapest, and stops where the cost would rise.
-
-    Returns {"groups": lists of columns of `active`, without those that are never active, the most often active first;
-    "bits_before", "bits_after": the mean cost of a position with all alone, and of the result}."""
-    active = active.flatten(0, -2)
-    positions = max(1, len(active))
-    groups = [[c] for c in active.any(0).nonzero()[:, 0].tolist()]
-    active = active[:, active.any(0)]  # (positions, k), a copy
-    both = active.float().T @ active.float()  # both[i, j]: where i and j are active; s = both[i, i]
-    members = torch.ones(len(groups), device=active.device)  # how many each group has
-    if not groups:
-        return {"groups": [], "bits_before": 0.0, "bits_after": 0.0}
-    costs = []
-    best = []
-    while True:
-        k = len(groups)
-        s = both.diagonal()
-        costs.append((s * (math.log2(k) + alpha * members)).sum().item())
-        if costs[-1] <= min(costs):
-            best = [(n, list(group)) for n, group in zip(s.tolist(), groups)]
-        if k == 1:
-            break
-        # What a merger changes, without what is the same for all pairs: where only one of the two is active, the other
-        # is written out, too; where both are, one name is saved.
-        written = alpha * (s[:, None] * members + members[:, None] * s)
-        change = written - both * (math.log2(k - 1) + alpha * (members[:, None] + members))
-        i, j = sorted(divmod(int(change.fill_diagonal_(math.inf).argmin()), k))
-        groups[i] += groups.pop(j)
-        members[i] += members[j]
-        active[:, i] |= active[:, j]
-        others = torch.arange(k, device=active.device) != j
-        members = members[others]
-        active = active[:, others]
-        both = both[others][:, others]
-        both[i] = active[active[:, i]].sum(0)  # where i, now merged, and each other are active
-        both[:, i] = both[i]
-    often_first = [group for _, group in sorted(best, reverse=True)]
-    return {"groups": often_first, "bits_before": costs[0] / positions, "bits_after": min(costs) / positions}
-
-def similarity(one: Decomposition, other: Decomposition) -> dict[str, dict[str, Tensor]]:
-    """For each subcomponent of one decomposition, its largest cosine with a subcomponent of another.
-
-    {path: {"U", "V", "product": (C,), "match": (C,)}}: the means of the first three are the MMCS of [VPD] section 6.
-    Absolute values of U_c and V_c, whose signs alone are arbitrary; the product's is at least 0. "match": which of the
-    other has the largest product, or their number if none is above 0. Dead subcomponents point anywhere."""
-    largest = {}
-    for path in one.U:
-        u = F.normalize(one.U[path].detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of other)
-        v = F.normalize(one.V[path].detach(), dim=0).T @ F.normalize(other.V[path].detach(), dim=0)
-        product = F.pad(u * v, (0, 1))  # at least 0, also if the other has none
-        largest[path] = {"U": F.pad(u.abs(), (0, 1)).amax(1), "V": F.pad(v.abs(), (0, 1)).amax(1),
-                         "product": product.amax(1), "match": product.argmax(1)}  # fmt: skip
-    return largest
-
 # ---- 10  Running it: several processes, checks, the run folder, checkpoints, progress, pictures ---------------------
 # Under torchrun several processes train together. Each has its own share of the global batch, its own noise and its own
 # sources; U, V and G are equal in all of them. A process that is alone is number 0 of 1, and nothing is exchanged.

@@ -2,6 +2,7 @@
 
     python train_gpt2.py                                  # the target, and the decomposition that all claims start from
     python tests/evidence.py losses --from runs/laptop    # into runs/laptop/evidence: losses.json, losses.png; a table
+    python tests/evidence.py components --from runs/tms_5-2    # the one claim about a toy
 
     losses       a decomposition without each of the five losses: what breaks? (two seeds, a quarter of the length)
     frontier     L0 against KL at five prices, at half the length
@@ -11,9 +12,10 @@
     attack       20 to 320 steps of the fresh adversary, on the run and on one trained without an adversary
     attention    the pairs of subcomponents that make attention scores
     edit         a subcomponent is made to write another token, beside a random one
+    components   which subcomponents are active together, and do they belong together? (a run of toy_models.py)
 
-`attention` and `edit` take seconds, the others up to an hour and a half of one thread. Repeated, a killed one goes on.
-One at a time: claims share decompositions.
+`attention`, `edit` and `components` take seconds, the others up to an hour and a half of one thread. Repeated, a killed
+one goes on. One at a time: claims share decompositions.
 [VPD] is "Interpreting Language Model Parameters" (2026); its figures are those of another, larger model."""
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +40,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+import toy_models
 import vpd
 from transcoders import attack_transcoders, best_transcoders, judged, latents_as_decomposition, mlps_masked, replaced
 
@@ -89,9 +93,22 @@ def alive_only(decomposition: vpd.Decomposition, metrics: dict) -> vpd.Decomposi
         V[path] = decomposition.V[path][:, alive]
     return vpd.Decomposition(U, V, decomposition.G)
 
+def similarity(one: vpd.Decomposition, other: vpd.Decomposition) -> dict[str, dict[str, Tensor]]:
+    """For each subcomponent of one decomposition, its largest cosine with a subcomponent of another, {path: {"U", "V",
+    "product": (C,)}}. Absolute values of U_c and V_c, whose signs alone are arbitrary; the product's is at least 0.
+    Dead subcomponents point anywhere."""
+    largest = {}
+    for path in one.U:
+        u = F.normalize(one.U[path].detach(), dim=-1) @ F.normalize(other.U[path].detach(), dim=-1).T  # (C, C of other)
+        v = F.normalize(one.V[path].detach(), dim=0).T @ F.normalize(other.V[path].detach(), dim=0)
+        largest[path] = {}
+        for name, cosines in {"U": u.abs(), "V": v.abs(), "product": u * v}.items():
+            largest[path][name] = F.pad(cosines, (0, 1)).amax(1)  # at least 0, also if the other has none
+    return largest
+
 def mean_cosines(one: vpd.Decomposition, other: vpd.Decomposition, weights: Tensor | None = None) -> dict[str, float]:
     """MMCS of U, V and product between two decompositions ([VPD] section 6). weights: of all subcomponents of one."""
-    largest = vpd.similarity(one, other)
+    largest = similarity(one, other)
     means = {}
     for name in ("U", "V", "product"):
         cosines = torch.cat([of_matrix[name] for of_matrix in largest.values()])
@@ -438,8 +455,118 @@ def edit(run, out: Path):
         axis.legend(fontsize=8)
     return rows, {"written": run.tokenizer.decode([token])}, figure
 
+def cluster(active: Tensor, alpha: float = 3.0) -> dict:
+    """Which subcomponents are one component, because they are active together? By minimum description length.
+
+    active: bools (positions, C), for example g > 0.01. A group is active where any member is. What is active at a
+    position takes log2(k) + alpha * members bits for each group that is active there: its name, one of k groups, and
+    alpha to write out each member. The higher alpha, the more alike members must be: two equally frequent ones merge if
+    each is active where the other is with a probability of about 2 alpha / (2 alpha + log2(k)), 0.38 for 3 and k = 900.
+    Greedy: all begin alone; the pair whose merger costs least is merged, down to one group; the cheapest grouping on
+    the way is the result. ours: [VPD] draws the pair among the cheapest, and stops where the cost would rise.
+
+    Returns {"groups": lists of columns of `active`, without those that are never active, the most often active first;
+    "bits_before", "bits_after": the mean cost of a position with all alone, and of the result}."""
+    active = active.flatten(0, -2)
+    positions = max(1, len(active))
+    groups = [[c] for c in active.any(0).nonzero()[:, 0].tolist()]
+    active = active[:, active.any(0)]  # (positions, k), a copy
+    both = active.float().T @ active.float()  # both[i, j]: where i and j are active; s = both[i, i]
+    members = torch.ones(len(groups), device=active.device)  # how many each group has
+    if not groups:
+        return {"groups": [], "bits_before": 0.0, "bits_after": 0.0}
+    costs = []
+    best = []
+    while True:
+        k = len(groups)
+        s = both.diagonal()
+        costs.append((s * (math.log2(k) + alpha * members)).sum().item())
+        if costs[-1] <= min(costs):
+            best = [(n, list(group)) for n, group in zip(s.tolist(), groups)]
+        if k == 1:
+            break
+        # What a merger changes, without what is the same for all pairs: where only one of the two is active, the other
+        # is written out, too; where both are, one name is saved.
+        written = alpha * (s[:, None] * members + members[:, None] * s)
+        change = written - both * (math.log2(k - 1) + alpha * (members[:, None] + members))
+        i, j = sorted(divmod(int(change.fill_diagonal_(math.inf).argmin()), k))
+        groups[i] += groups.pop(j)
+        members[i] += members[j]
+        active[:, i] |= active[:, j]
+        others = torch.arange(k, device=active.device) != j
+        members = members[others]
+        active = active[:, others]
+        both = both[others][:, others]
+        both[i] = active[active[:, i]].sum(0)  # where i, now merged, and each other are active
+        both[:, i] = both[i]
+    often_first = [group for _, group in sorted(best, reverse=True)]
+    return {"groups": often_first, "bits_before": costs[0] / positions, "bits_after": min(costs) / positions}
+
+def load_toy(folder: Path) -> tuple:
+    """A finished run of toy_models.py: toy, target model, decomposition, metrics. Raises BadInput if there is none."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        toy = toy_models.Toy(**torch.load(folder / "target.pt", weights_only=True)["wanted"]["toy"])
+    except Exception as error:  # torch.load raises almost anything on a file that is not its own
+        raise vpd.BadInput(f"{folder} holds no finished toy: give the folder of a run of toy_models.py") from error
+    model, _ = toy_models.target_of_run(toy, metrics["seed"], 0, folder, "cpu")
+    return toy, model, vpd.load_decomposition(folder, toy.config(metrics["seed"])), metrics
+
+def groups_of_features(toy: toy_models.Toy, alive: dict[str, toy_models.Alive]) -> list[set[str]]:
+    """What serves a feature (g > 0.1 if it is alone), for each; all of an identity; all of each W_out."""
+    groups = [set() for _ in range(toy.features)]
+    for path, of_matrix in alive.items():
+        names = [f"{path}:{c}" for c in of_matrix.numbers.tolist()]
+        if path.endswith(("identity", "out")):
+            groups.append(set(names))
+            continue
+        for feature, i in (of_matrix.on_probes > 0.1).nonzero().tolist():
+            groups[feature].add(names[i])
+    return groups
+
+def groups_of_induction(model, alive: dict[str, toy_models.Alive]) -> list[set[str]]:
+    """What serves a token, a copied token or a position best, by the weights, for each."""
+    serves = {"0.q": "position", "0.k": "position", "1.v": "copied", "1.o": "copied"}  # the other matrices: the token
+    groups = collections.defaultdict(set)
+    for path, true in toy_models.mechanisms(model).items():
+        what = serves.get(path.removeprefix("layers."), "token")
+        found = alive[path].matrices.flatten(1).unsqueeze(1)
+        cosines = F.cosine_similarity(found, true.flatten(1), dim=2)  # (alive, n)
+        best = cosines.argmax(0).tolist() if len(found) else []
+        for n, i in enumerate(best):
+            groups[what, n].add(f"{path}:{alive[path].numbers[i]}")
+    return list(groups.values())
+
+@torch.no_grad()
+def components(folder: Path, out: Path):
+    """Which subcomponents are one component, because they are active together (g > 0.01)? On a toy, whose groups are
+    known: how many are found, how many are true, and how many of these are found exactly?"""
+    toy, model, decomposition, metrics = load_toy(folder)
+    data = toy.evaluation_data(metrics["seed"])
+    alive = toy_models.alive_subcomponents(toy, model, decomposition, data, metrics["matrices"])
+    true = groups_of_induction(model, alive) if toy.length else groups_of_features(toy, alive)
+    _, g = vpd.predict_importances(model, decomposition, data)
+    active = vpd.side_by_side(g) > 0.01  # Delta's never is
+    active = active.any(1) if toy.length else active  # of induction anywhere in a sequence
+    names = []
+    for path, x in g.items():
+        names += [f"{path}:{c}" for c in range(x.shape[-1])]
+    clusters = cluster(active)
+    found = []
+    for columns in clusters["groups"]:
+        found.append([names[c] for c in columns])
+    exact = [group for group in found if true.count(set(group)) == 1]  # not two features with the same subcomponents
+    row = {"found": len(found), "true": len(true), "exact": len(exact)}
+    row |= {"bits, each alone": clusters["bits_before"], "bits, grouped": clusters["bits_after"]}
+    on = active[:, list(itertools.chain(*clusters["groups"]))].float()
+    figure, (axis,) = axes("subcomponents, group by group")
+    image = axis.imshow((on.T @ on / on.sum(0)).cpu().numpy(), vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, label="how often the row is on, if the column is")
+    return {metrics["model"]: row}, {"groups": found}, figure
+
 # ---- The command line -----------------------------------------------------------------------------------------------
-CLAIMS = {claim.__name__: claim for claim in (losses, frontier, transcoders, seeds, sizes, attack, attention, edit)}
+CLAIMED = (losses, frontier, transcoders, seeds, sizes, attack, attention, edit, components)
+CLAIMS = {claim.__name__: claim for claim in CLAIMED}
 
 def main() -> None:
     """See the top of this file."""
@@ -453,7 +580,7 @@ def main() -> None:
     train_gpt2.choose_precision("cpu")
     vpd.keep_memory()
     try:
-        run = train_gpt2.load(options.source)
+        run = options.source if claim is components else train_gpt2.load(options.source)
         out.mkdir(parents=True, exist_ok=True)
         rows, more, figure = claim(run, out)
     except vpd.BadInput as error:

@@ -1,12 +1,16 @@
 """What evidence.py computes, against brute force; and every claim on a tiny run."""
 
 import json
+import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import evidence
+import toy_models
 import train_gpt2 as gpt
 import transcoders
 import vpd
@@ -76,6 +80,26 @@ def test_the_attention_claim_has_the_spread_and_the_pairs_of_every_head(run, tmp
             shares = list(rows[f"layer {layer}, head {h}"].values())
             assert len(shares) == 3 and shares == sorted(shares, reverse=True)
     assert len(figure.axes) == 10
+
+def test_similarity_is_the_largest_cosine_between_explicit_rank_one_matrices():
+    torch.manual_seed(0)
+    one = ({"W": torch.randn(5, 3).double()} for _ in range(2))
+    other = ({"W": torch.randn(4, 5).double()} for _ in range(2))
+    one, other = (vpd.Decomposition(U, V, nn.Identity()) for U, V in zip(one, other))
+    matrices = [torch.einsum("co,ic->coi", x.U["W"], x.V["W"]).flatten(1) for x in (one, other)]
+    found = evidence.similarity(one, other)["W"]
+    for c in range(5):
+        cosines = [nn.functional.cosine_similarity(matrices[0][c], m, dim=0) for m in matrices[1]]
+        assert found["product"][c].item() == pytest.approx(max(0, max(cosines).item()), rel=1e-12)
+        cosines = [nn.functional.cosine_similarity(one.U["W"][c], u, dim=0).abs() for u in other.U["W"]]
+        assert found["U"][c].item() == pytest.approx(max(cosines).item(), rel=1e-12)
+    # in another order and scale, and with both signs turned, they are the same; with one sign turned they are not
+    order = torch.tensor([3, 1, 4, 0, 2])
+    for sign in (1, -1):
+        again = vpd.Decomposition({"W": -2 * one.U["W"][order]}, {"W": -sign * one.V["W"][:, order]}, nn.Identity())
+        found = evidence.similarity(one, again)["W"]
+        assert all(found[name].allclose(torch.ones(5).double()) for name in "UV")
+        assert (found["product"] > 0.999999).all() == (sign == 1)
 
 def test_mean_cosines_are_weighted_and_compare_the_alive_alone():
     U = {"A": torch.eye(3), "B": torch.eye(3)[:1]}
@@ -181,3 +205,122 @@ def test_a_claim_ends_with_a_table_and_repeated_it_computes_nothing_anew(claim, 
     monkeypatch.delattr(transcoders, "train_transcoder")
     again, _, _ = evidence.CLAIMS[claim](run, tmp_path)
     assert evidence.table(again) == printed
+
+# ---- components: which subcomponents are active together -------------------------------------------------------------
+
+def description_length(active, groups, alpha):
+    """Bits per position, by counting: of each position's active groups the name and all members."""
+    bits = 0.0
+    for position in active.tolist():
+        for group in groups:
+            if any(position[c] for c in group):
+                bits += math.log2(len(groups)) + alpha * len(group)
+    return bits / len(active)
+
+def groupings(items):
+    """All ways to part a list into groups."""
+    if not items:
+        yield []
+        return
+    for rest in groupings(items[1:]):
+        yield [[items[0]], *rest]
+        for i, group in enumerate(rest):
+            yield [*rest[:i], [items[0], *group], *rest[i + 1 :]]
+
+@pytest.mark.parametrize("alpha", [0.5, 3.0])
+def test_clusters_cost_what_they_say_and_seldom_more_than_the_best_of_all_groupings(alpha):
+    best_found = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        active = torch.rand(60, 3).lt(0.2)[:, torch.randint(3, (6,))] ^ torch.rand(60, 6).lt(0.05)
+        result = evidence.cluster(active, alpha)
+        columns = active.any(0).nonzero()[:, 0].tolist()
+        assert sorted(c for group in result["groups"] for c in group) == columns  # each once
+        cost = description_length(active, result["groups"], alpha)
+        assert result["bits_after"] == pytest.approx(cost, rel=1e-6)
+        alone = description_length(active, [[c] for c in columns], alpha)
+        assert result["bits_before"] == pytest.approx(alone, rel=1e-6)
+        best = min(description_length(active, grouping, alpha) for grouping in groupings(columns))
+        assert best - 1e-9 < cost + 1e-6 and cost < 1.15 * best
+        best_found += cost < best + 1e-6
+    assert best_found >= 9  # greedy merging cannot take a merger back
+
+def test_planted_components_are_found_and_what_is_never_active_is_left_out():
+    torch.manual_seed(0)
+    jobs = torch.rand(4000, 7) < torch.tensor([0.02, 0.02, 0.05, 0.1, 0.1, 0.3, 0.0])
+    of_job = torch.randint(7, (20,))
+    groups = evidence.cluster(jobs[:, of_job].reshape(40, 100, 20))["groups"]
+    expected = {tuple((of_job == job).nonzero()[:, 0].tolist()) for job in range(6)} - {()}
+    assert {tuple(sorted(group)) for group in groups} == expected
+    nothing = evidence.cluster(torch.zeros(10, 3, dtype=torch.bool))
+    assert nothing == {"groups": [], "bits_before": 0.0, "bits_after": 0.0}
+
+def alive(numbers, on_probes):
+    """`toy_models.Alive` of subcomponents with these numbers and these importances (probes, alive)."""
+    return toy_models.Alive(torch.tensor(numbers), torch.zeros(len(numbers), 2, 3), torch.tensor(on_probes))
+
+def test_a_true_group_serves_one_feature_and_an_identity_or_w_out_is_one_group():
+    toy = toy_models.Toy("", features=3, dimensions=8, layers=1)
+    on_in = [[0.9, 0.0, 0.0], [0.0, 0.9, 0.5], [0.0, 0.9, 0.05]]
+    found = {"layers.0.in": alive([7, 8, 9], on_in), "layers.0.out": alive([3, 1, 0], [[0.9, 0.0, 0.0]] * 3)}
+    of_features = [{"layers.0.in:7"}, {"layers.0.in:8", "layers.0.in:9"}, {"layers.0.in:8"}]
+    assert evidence.groups_of_features(toy, found) == [*of_features, {f"layers.0.out:{c}" for c in (0, 1, 3)}]
+    found = {"identity": alive([0, 5], [[0.9, 0.9]] * 3), "W": alive([2], [[0.0], [0.0], [0.3]])}
+    assert evidence.groups_of_features(toy, found) == [set(), set(), {"W:2"}, {"identity:0", "identity:5"}]
+
+def test_the_true_groups_of_induction_serve_one_position_token_or_copied_token():
+    model = toy_models.parse_name("induction_4-5").model()
+    found = {}
+    for path, true in toy_models.mechanisms(model).items():
+        found[path] = toy_models.Alive(torch.arange(len(true)) + 10, true.flip(0), None)  # 10 is the last mechanism
+    groups = evidence.groups_of_induction(model, found)
+    expected = []
+    for n in range(2):
+        expected.append({f"layers.0.{m}:{11 - n}" for m in "qk"})
+    for n in range(4):
+        expected.append({f"layers.{m}:{13 - n}" for m in ("0.v", "0.o", "1.q", "1.k")})
+        expected.append({f"layers.1.{m}:{13 - n}" for m in "vo"})
+    assert len(groups) == len(expected) and all(group in groups for group in expected)
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory):
+    """A finished run of a toy, whose importances a test replaces."""
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    config = toy_models.Toy.config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_models, "train_target", lambda toy, model, seed, steps: None)
+        patch.setattr(toy_models.Toy, "config", lambda *_: replace(config(*_), steps=3, faithfulness_steps=3))
+        toy_models.run("tms_3-2", 1, folder, (), "cpu", False)
+    return folder
+
+def test_a_component_is_exact_only_if_all_its_members_are_found_and_no_other_has_the_same(
+    toy_folder, tmp_path, monkeypatch
+):
+    jobs = (torch.arange(60)[:, None] % 3 == torch.arange(3)).float()  # (inputs, jobs), one job at a time
+    g = {"W": jobs[:, [0, 1, 2]], "WT": jobs[:, [0, 1]]}
+    g = {path: nn.functional.pad(x, (0, 1)) for path, x in g.items()}  # Delta's
+    together = [{"W:0", "WT:0"}, {"W:1", "WT:1"}, {"W:2"}]
+    monkeypatch.setattr(vpd, "predict_importances", lambda *_: (None, g))
+    monkeypatch.setattr(toy_models, "alive_subcomponents", lambda *_: None)
+    for true, exact in ((together, 3), ([*together, {"W:2"}], 2), ([{"W:0"}, *together[1:]], 2), ([], 0)):
+        monkeypatch.setattr(evidence, "groups_of_features", lambda *_, true=true: true)
+        rows, more, _ = evidence.components(toy_folder, tmp_path)
+        row = rows["tms_3-2"]
+        assert (row["found"], row["true"], row["exact"]) == (3, len(true), exact)
+        assert all(set(group) in together for group in more["groups"])
+    # a position has one job: two subcomponents at two positions of three, one at the third; then two names less
+    assert row["bits, each alone"] == pytest.approx((5 * 20 * (math.log2(5) + 3)) / 60)
+    assert row["bits, grouped"] == pytest.approx((60 * math.log2(3) + 5 * 20 * 3) / 60)
+
+def test_the_components_of_a_toy_are_written_by_the_command_and_another_folder_is_refused(
+    toy_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "components", "--from", str(toy_folder), "--out", str(tmp_path)])
+    evidence.main()
+    assert "tms_3-2" in capsys.readouterr().out
+    row = json.loads((tmp_path / "components.json").read_text())["rows"]["tms_3-2"]
+    assert row["true"] == 3 and (tmp_path / "components.png").stat().st_size > 2_000
+    (tmp_path / "metrics.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "components", "--from", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^error: .* holds no finished toy"):
+        evidence.main()

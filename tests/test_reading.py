@@ -1,7 +1,6 @@
 """Reading a decomposition: attributions, graphs and pruning, against finite differences and planted circuits."""
 
 import functools
-import math
 
 import pytest
 import torch
@@ -203,67 +202,3 @@ def test_the_planted_previous_token_circuit_comes_out_on_top():
         values = [(t, c) for t, c in kept["h.0.attn.v"][0].nonzero().tolist()]
         assert values == [(4, 1)], values
         assert kept["h.0.attn.o"][0].nonzero().tolist() == [[5, 1]]
-
-def description_length(active, groups, alpha):
-    """Bits per position, by counting: of each position's active groups the name and all members."""
-    bits = 0.0
-    for position in active.tolist():
-        for group in groups:
-            if any(position[c] for c in group):
-                bits += math.log2(len(groups)) + alpha * len(group)
-    return bits / len(active)
-
-def groupings(items):
-    """All ways to part a list into groups."""
-    if not items:
-        yield []
-        return
-    for rest in groupings(items[1:]):
-        yield [[items[0]], *rest]
-        for i, group in enumerate(rest):
-            yield [*rest[:i], [items[0], *group], *rest[i + 1 :]]
-
-@pytest.mark.parametrize("alpha", [0.5, 3.0])
-def test_clusters_cost_what_they_say_and_seldom_more_than_the_best_of_all_groupings(alpha):
-    best_found = 0
-    for seed in range(12):
-        torch.manual_seed(seed)
-        active = torch.rand(60, 3).lt(0.2)[:, torch.randint(3, (6,))] ^ torch.rand(60, 6).lt(0.05)
-        result, columns = vpd.cluster(active, alpha), active.any(0).nonzero()[:, 0].tolist()
-        assert sorted(c for group in result["groups"] for c in group) == columns  # each once
-        cost = description_length(active, result["groups"], alpha)
-        assert result["bits_after"] == pytest.approx(cost, rel=1e-6)
-        assert result["bits_before"] == pytest.approx(description_length(active, [[c] for c in columns], alpha), rel=1e-6)
-        best = min(description_length(active, grouping, alpha) for grouping in groupings(columns))
-        assert best - 1e-9 < cost + 1e-6 and cost < 1.15 * best
-        best_found += cost < best + 1e-6
-    assert best_found >= 9  # greedy merging cannot take a merger back
-
-def test_planted_components_are_found_and_what_is_never_active_is_left_out():
-    torch.manual_seed(0)
-    jobs = torch.rand(4000, 7) < torch.tensor([0.02, 0.02, 0.05, 0.1, 0.1, 0.3, 0.0])
-    of_job = torch.randint(7, (20,))
-    groups = vpd.cluster(jobs[:, of_job].reshape(40, 100, 20))["groups"]
-    expected = {tuple((of_job == job).nonzero()[:, 0].tolist()) for job in range(6)} - {()}
-    assert {tuple(sorted(group)) for group in groups} == expected
-    assert vpd.cluster(torch.zeros(10, 3, dtype=torch.bool)) == {"groups": [], "bits_before": 0.0, "bits_after": 0.0}
-
-def test_similarity_is_the_largest_cosine_between_explicit_rank_one_matrices():
-    torch.manual_seed(0)
-    one = ({"W": torch.randn(5, 3).double()} for _ in range(2))
-    other = ({"W": torch.randn(4, 5).double()} for _ in range(2))
-    one, other = (vpd.Decomposition(U, V, Silent()) for U, V in zip(one, other))
-    matrices = [torch.einsum("co,ic->coi", x.U["W"], x.V["W"]).flatten(1) for x in (one, other)]
-    found = vpd.similarity(one, other)["W"]
-    for c in range(5):
-        cosines = [nn.functional.cosine_similarity(matrices[0][c], m, dim=0) for m in matrices[1]]
-        assert found["product"][c].item() == pytest.approx(max(0, max(cosines).item()), rel=1e-12)
-        cosines = [nn.functional.cosine_similarity(one.U["W"][c], u, dim=0).abs() for u in other.U["W"]]
-        assert found["U"][c].item() == pytest.approx(max(cosines).item(), rel=1e-12)
-    # in another order and scale, and with both signs turned, they are the same; with one sign turned they are not
-    order = torch.tensor([3, 1, 4, 0, 2])
-    for sign in (1, -1):
-        again = vpd.Decomposition({"W": -2 * one.U["W"][order]}, {"W": -sign * one.V["W"][:, order]}, Silent())
-        found = vpd.similarity(one, again)["W"]
-        assert all(found[name].allclose(torch.ones(5).double()) for name in "UV")
-        assert (found["product"] > 0.999999).all() == (sign == 1)

@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import resource
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from torch import nn
 
 import toy_models
 import vpd
+
+ROOT = Path(toy_models.__file__).parent
 
 def test_the_score_of_the_true_mechanisms_is_perfect_and_of_others_is_not():
     torch.manual_seed(0)
@@ -46,18 +52,15 @@ def alive(numbers, on_probes, matrices=None):
     return toy_models.Alive(torch.tensor(numbers), matrices, torch.tensor(on_probes))
 
 def residual_score(path, of_matrix):
-    """The scores and the true groups of one matrix of a residual MLP with 4 features."""
+    """The scores of one matrix of a residual MLP."""
     matrices = {path: {}}
-    toy = toy_models.Toy("", features=4, dimensions=8, layers=1)
-    groups = toy_models.score_residual_mlp(toy, {path: of_matrix}, matrices)
-    return matrices[path], groups
+    toy_models.score_residual_mlp({path: of_matrix}, matrices)
+    return matrices[path]
 
 def test_a_feature_is_recovered_only_by_one_subcomponent_that_serves_no_other():
     on_probes = [[0.9, 0.0, 0.0, 0.0], [0.0, 0.9, 0.5, 0.0], [0.0, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.9]]
-    scores, groups = residual_score("layers.0.in", alive([7, 8, 9, 5], on_probes))
+    scores = residual_score("layers.0.in", alive([7, 8, 9, 5], on_probes))
     assert scores == {"features_recovered": 0.25}  # the second has two, the third and the fourth share one
-    path = "layers.0.in"
-    assert groups == [{(path, 7)}, {(path, 8), (path, 9)}, {(path, 5)}, {(path, 5)}]
 
 def test_an_out_matrix_is_scored_by_the_rank_of_the_sum_and_by_how_many_are_on():
     torch.manual_seed(0)
@@ -65,18 +68,8 @@ def test_an_out_matrix_is_scored_by_the_rank_of_the_sum_and_by_how_many_are_on()
     other = torch.outer(torch.randn(5), torch.randn(4))
     matrices = torch.stack([one, 2 * one, other])  # three subcomponents, of rank two together
     on_probes = [[0.9, 0.0, 0.0], [0.9, 0.5, 0.0]]  # the third is on for none: it does not count as sparse
-    scores, groups = residual_score("layers.0.out", alive([3, 1, 0], on_probes, matrices))
+    scores = residual_score("layers.0.out", alive([3, 1, 0], on_probes, matrices))
     assert scores == {"rank": 2, "dense": 0.75}
-    assert groups[-1] == {("layers.0.out", c) for c in (0, 1, 3)}
-
-def test_a_group_is_found_only_if_all_its_members_are_and_no_other_feature_has_the_same():
-    jobs = (torch.arange(60)[:, None] % 3 == torch.arange(3)).float()  # (positions, jobs), one job at a time
-    g = {"A": jobs[:, [0, 1, 2]], "B": jobs[:, [0, 1]]}
-    together = [{("A", 0), ("B", 0)}, {("A", 1), ("B", 1)}, {("A", 2)}]
-    for true, exact in ((together, 3), ([*together, {("A", 2)}], 2), ([{("A", 0)}, *together[1:]], 2), ([], 0)):
-        figures = {}
-        toy_models.score_groups(g, true, figures)
-        assert figures == {"groups found": 3, "groups true": len(true), "groups exact": exact}
 
 def test_residual_mlp_computes_its_blocks_on_the_residual_stream():
     torch.manual_seed(0)
@@ -134,14 +127,59 @@ def test_a_command_writes_metrics_and_pictures_and_repeated_it_trains_nothing_an
     printed = capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["model"], metrics["seed"], metrics["without"]) == (name, 1, [])
-    for figure in ("divergence, unmasked", "groups found", "groups true", "groups exact"):
-        assert f"{metrics['figures'][figure]:.4g}" in printed and figure in printed
+    assert f"{metrics['figures']['divergence, unmasked']:.4g}" in printed and "divergence, unmasked" in printed
     for picture in ("training", last_picture):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5_000
     monkeypatch.delattr(toy_models, "train_target")
     monkeypatch.delattr(vpd, "training_step")
     toy_models.main()
     assert capsys.readouterr().out == printed
+
+SHORT = """
+from dataclasses import replace
+import toy_models
+config = toy_models.Toy.config
+toy_models.Toy.config = lambda *given: replace(config(*given), steps=3, faithfulness_steps=3)
+toy_models.main()
+"""
+
+def test_neither_a_backend_that_is_not_there_nor_a_terminal_of_another_encoding_ends_a_run(tmp_path):
+    changes = {"MPLBACKEND": "nowhere", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", SHORT, "induction_2-3", "--out", "~/\N{GREEK SMALL LETTER DELTA}"]
+    ended = subprocess.run(command, env=os.environ | changes, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith(f"metrics.json are in {tmp_path}/?\n")
+    assert (tmp_path / "\N{GREEK SMALL LETTER DELTA}" / "attention.png").exists()
+
+def error_of(monkeypatch, *arguments):
+    """The one line that the command ends with."""
+    monkeypatch.setattr(sys, "argv", ["toy_models.py", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="^error: .+") as stopped:
+        toy_models.main()
+    assert "\n" not in stopped.value.code
+    return stopped.value.code
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.delattr(toy_models, "train_target")
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert str(tmp_path / "file") in error_of(monkeypatch, "--out", out)
+
+@pytest.mark.parametrize("name", ["induction_2-3", "induction_100-9"])  # full at the end; within torch.save
+def test_a_full_disk_ends_in_one_line(name, tmp_path, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))  # no file of more than 3,000 bytes
+    try:
+        assert "File too large" in error_of(monkeypatch, name, "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+def test_a_picture_that_cannot_be_written_loses_no_figures(tmp_path, monkeypatch):
+    config = replace(toy_models.parse_name("induction_2-3").config(0), steps=3, faithfulness_steps=3)
+    monkeypatch.setattr(toy_models.Toy, "config", lambda toy, seed, without: config)
+    (tmp_path / "importances.png").mkdir()
+    assert "importances.png" in error_of(monkeypatch, "induction_2-3", "--out", tmp_path)
+    assert "mmcs" in json.loads((tmp_path / "metrics.json").read_text())["matrices"]["layers.1.o"]
 
 def test_the_five_mechanisms_of_tms_5_2_are_found():
     torch.set_num_threads(1)
@@ -157,8 +195,6 @@ def test_the_five_mechanisms_of_tms_5_2_are_found():
     metrics = vpd.evaluate(model, decomposition, [data], vpd.mse)
     scored = toy_models.score(toy, model, decomposition, data, metrics)
     figures = metrics["figures"]
-    for what in ("found", "true", "exact"):
-        assert figures[f"groups {what}"] == 5  # of a feature its subcomponents of W and of W^T
     for path in ("W", "WT"):
         assert metrics["matrices"][path]["alive"] == 5 and metrics["matrices"][path]["mmcs"] > 0.98
         on = scored[path].on_probes > 0.5
@@ -209,8 +245,8 @@ def planted(model):
 def importances(U, ids):
     """{path: (B, T, n + 1)}: 1 for every mechanism where it is needed, else 0."""
     g = {path: torch.zeros(*ids.shape, len(u) + 1) for path, u in U.items()}
-    for path, (_, *place) in toy_models.needed(ids).items():
-        g[path][tuple(place)] = 1.0
+    for path, place in toy_models.needed(ids).items():
+        g[path][place] = 1.0
     return g
 
 def test_the_mechanisms_of_induction_are_needed_where_it_is_said_and_nowhere_else():
@@ -227,7 +263,7 @@ def test_the_mechanisms_of_induction_are_needed_where_it_is_said_and_nowhere_els
         return (target.exp() * (target - output)).sum(-1).amax(1)  # of each sequence
 
     assert largest_kl(masks).max() < 0.05
-    for path, (_, *place) in toy_models.needed(ids).items():
+    for path, place in toy_models.needed(ids).items():
         for b, t, n in torch.stack(place, 1)[:20].tolist():
             one_less = masks | {path: masks[path].clone()}
             one_less[path][b, t, n] = 0.0
@@ -250,12 +286,10 @@ def test_precision_and_recall_of_induction_count_what_is_on_and_what_is_needed()
     everything = {path: torch.ones_like(x) for path, x in g.items()}
     for on, precision, recall in ((g, 1, 1), (half, 1, right / needed), (everything, needed / places, 1)):
         metrics = {"figures": {}, "matrices": {path: {} for path in U}}
-        groups = toy_models.score_induction(model, ids, on, found, metrics)
+        toy_models.score_induction(model, ids, on, found, metrics)
         assert metrics["figures"]["importances precision"] == pytest.approx(precision)
         assert metrics["figures"]["importances recall"] == pytest.approx(recall)
     assert all(matrix["mmcs"] == pytest.approx(1, abs=1e-5) for matrix in metrics["matrices"].values())
-    # 2 positions (a matrix q, k); 4 tokens (0.v, 0.o, 1.q, 1.k); 4 copied tokens (1.v, 1.o)
-    assert sorted(len(group) for group in groups) == [2] * 6 + [4] * 4
 
 def test_the_graph_of_the_true_decomposition_is_the_induction_path_and_nothing_else():
     toy = toy_models.parse_name("induction")
