@@ -27,7 +27,7 @@ Read from top to bottom; Config is in section 6, helpers such as `reject_if` are
     1  Subcomponents: the forward pass with masked weights     6  Settings, the start, the training step: the heart
     2  From scores to masks                                    7  decompose: the loop
     3  Causal importance functions: who predicts the scores    8  Evaluation: how we know that it worked
-    4  The five losses                                         9  Reading: attribution graphs, pruning, components
+    4  The five losses                                         9  Reading: attribution graphs, pruning
     5  Two optimizers: the adversary's, and Muon              10  Running it: processes, checks, checkpoints, pictures
 
 Shapes: B = batch, T = length of a sequence, C = subcomponents of a matrix, L = number of decomposed matrices. "..."
@@ -425,7 +425,7 @@ def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
     width = statistics.mode(model.get_submodule(path).in_features for path in C)
     sizes = {"lr": 0.056 / width**0.5, "G_width": 8 * math.ceil(1.5 * width / 8), "G_blocks": max(1, len(C) // 12)}
     tuned = {"steps": 4000, "muon": 2.0, "lr_final": 0.1, "p_end": 0.4, "w_importance": 6.5e-4, "w_frequency": 3.5e-4,
-             "w_delta": 300.0, "shrink": 2.0, "adversary_steps": 0, "adversary_lr": 0.04}  # fmt: skip
+             "w_delta": 1000.0, "shrink": 2.0, "adversary_steps": 0, "adversary_lr": 0.04}  # fmt: skip
     return Config(**sizes | tuned | settings)
 
 @dataclasses.dataclass

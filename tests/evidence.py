@@ -68,13 +68,13 @@ def decomposed(run, out: Path, name: str, C: float = 1, **changes) -> tuple[vpd.
         print(name, file=sys.stderr)
         numbers = {path: max(1, round(C * len(u))) for path, u in run.decomposition.U.items()}
         batch = functools.partial(train_gpt2.sample, run.ids, run.preset.shape.context, run.preset.batch, False)
-        config = replace(run.preset.config, **changes)
+        config = replace(run.config, **changes)
         decomposition = vpd.decompose(run.model, numbers, batch, vpd.kl, config, out / name)
     evaluate = functools.partial(vpd.evaluate, run.model, decomposition, batches(run), vpd.kl)
     return decomposition, cached(out / name / "metrics.json", lambda: evaluate(0, train_gpt2.cross_entropy))
 
 HEADLINE = ["L0", "L0 above 0.1", "alive", "divergence, stochastic", "divergence, rounded at 0"]
-HEADLINE += ["fresh adversary, 80 steps", "loss above target, rounded at 0", "mean of Delta^2"]
+HEADLINE += ["fresh adversary, 80 steps", "loss above target, rounded at 0", "||Delta||^2 / ||W||^2"]
 
 def headline(metrics: dict) -> dict[str, float]:
     """The figures that the tables show."""
@@ -148,7 +148,7 @@ def losses(run, out: Path):
     grid = [r / 10 for r in range(11)]
     figure, (axis,) = axes("masks g + (1 - g) r: mean of two seeds")
     for name, gone in without.items():
-        changes = {f"w_{loss}": 0.0 for loss in gone} | {"steps": run.preset.config.steps // 4}
+        changes = {f"w_{loss}": 0.0 for loss in gone} | {"steps": run.config.steps // 4}
         one, metrics = decomposed(run, out, f"losses {name} 0", seed=0, **changes)
         other, its_metrics = decomposed(run, out, f"losses {name} 1", seed=1, **changes)
         its = headline(its_metrics)
@@ -176,7 +176,7 @@ PRICES = (0.25, 0.5, 1, 2, 4)  # times the preset's
 
 def at_price(run, out: Path, price: float) -> tuple[vpd.Decomposition, dict]:
     """A decomposition at a multiple of the preset's price, of half the length, and its figures."""
-    config = run.preset.config
+    config = run.config
     changes = {"w_importance": price * config.w_importance, "w_frequency": price * config.w_frequency}
     return decomposed(run, out, f"price {price:g}", steps=config.steps // 2, **changes)
 
@@ -205,7 +205,7 @@ def transcoders(run, out: Path):
         decomposition, _ = at_price(run, out, price)
         for name, chosen in which.items():
             rows[f"subcomponents, price x {price:g}, {name}"] = mlps_masked(run, decomposition, batches(run), chosen)
-    steps = run.preset.config.steps // 2  # as long as the decompositions
+    steps = run.config.steps // 2  # as long as the decompositions
     _, metrics = decomposed(run, out, "run")
     for k in KS:
         coders = best_transcoders(run, metrics, batches(run), out, k, steps)
@@ -229,15 +229,15 @@ def transcoders(run, out: Path):
 def untrained(run, seed: int) -> vpd.Decomposition:
     """A decomposition of the run's target before any training."""
     C = {path: len(u) for path, u in run.decomposition.U.items()}
-    config = replace(run.preset.config, seed=seed)
+    config = replace(run.config, seed=seed)
     return vpd.initialize(run.model, C, next(iter(batches(run))), config).decomposition
 
 def seeds(run, out: Path):
     """How much of what one seed finds does another find? Mean largest cosines of the alive; weighted by mean
     importance, because the rarely used are the least determined; of all before the training; and of the latents of
     transcoders. [VPD], five seeds: U 0.48, V 0.52, product 0.28; transcoders 0.35 to 0.81."""
-    seed = run.preset.config.seed
-    steps = run.preset.config.steps
+    seed = run.config.seed
+    steps = run.config.steps
     decomposition, of_run = decomposed(run, out, "run")
     others = [decomposed(run, out, f"seed {n}", seed=n) for n in (seed + 1, seed + 2)]
     alive = []

@@ -11,14 +11,21 @@ import torch
 
 import train_gpt2 as gpt
 import vpd
-from test_train_gpt2 import GPT2_TOKENS, checkpoint, gpt2_folder, logits_by_hand, merge, tokenizer_files
+from test_train_gpt2 import (
+    GPT2_TOKENS,
+    checkpoint,
+    gpt2_folder,
+    logits_by_hand,
+    merge,
+    tokenizer_files,
+    write_safetensors,
+)
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 def logits_of(folder):
     model, _ = gpt.load_target(folder)
     return model(torch.tensor([IDS]))[0].detach().numpy()
-from test_train_gpt2 import write_safetensors
 
 LLM_C = {20240520: np.uint16, 20240801: np.uint32}  # the number of the format -> its tokens
 

@@ -69,7 +69,7 @@ def logits_by_hand(state, ids, heads, epsilon):
 
 def write_safetensors(file, state, dtype):
     """A .safetensors file, written by hand."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     header = {"__metadata__": {"format": "pt"}}
     raw = b""
     for name, x in state.items():
@@ -320,7 +320,7 @@ def test_a_whole_run_in_small_is_what_its_files_say(command, small, tmp_path, mo
     made = results(tmp_path / "run")
     metrics = made["metrics"]
     figures = metrics["figures"]
-    assert figures["C"] == 72 and figures["evaluated positions"] == 256
+    assert figures["C"] == 2 * (4 * 22 + 2 * 56) and figures["evaluated positions"] == 256
     last_line = made["log"][-1]
     for name in ("L0", "L0 above 0.1", "alive"):  # the log's on all of the evaluation set, too
         assert last_line[f"validation {name}"] == pytest.approx(figures[name])
@@ -412,8 +412,8 @@ def test_a_gpt2_folder_is_decomposed_and_asked_about_prompts_after_it_is_gone(co
     gpt2_folder(folder, checkpoint(layers=1, width=64, vocabulary=len(names)))
     command("--init-from", folder, "--data", tmp_path / "text.txt", "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
-    for matrix in small.C:
-        assert metrics["matrices"][f"h.0.{matrix}"]["C"] == 24  # four times as many: width 64, where the preset has 16
+    numbers = {path: of["C"] for path, of in metrics["matrices"].items()}
+    assert numbers == {f"h.0.{name}": 224 if "mlp" in name else 90 for name in gpt.MATRICES}  # 0.7 (d_in + d_out)
     assert metrics["curve"] == [] and not any("recovered" in name for name in metrics["figures"])
     original, _ = gpt.load_target(folder)
     shutil.rmtree(folder)
