@@ -122,7 +122,7 @@ class GPT(nn.Module):
         return (self.norm(x) @ self.tokens.weight.T).to(x.dtype)  # float32 as the stream, under autocast too
 
 def subcomponents(model: GPT, factor: float) -> dict[str, int]:
-    """Into how many subcomponents each matrix is decomposed, {path: C}. A factor of 1 comes, in all, to what [VPD] has."""
+    """Into how many subcomponents each matrix is decomposed, {path: C}. Factor 1: in all as many as [VPD] has."""
     C = {}
     for path, module in model.named_modules():
         if path.endswith(MATRICES):
@@ -371,7 +371,8 @@ def train_target(run: Run, seed: int) -> dict:
     bf16 = run.config.bf16
     steps = preset.target_steps
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1, fused=not run.device.startswith("mps"))
+    fused = not run.device.startswith("mps")
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
     generator = torch.Generator()
     validation = validation_batches(run.ids, preset, run.device)
     record = {"curve": [], "seconds": 0.0}
@@ -778,11 +779,12 @@ def examples(of: Reading, ids: Tensor, g: Tensor, fires: Tensor) -> str:
         lines.append(f"<p><span><bdi>{before}</bdi></span><span>{token}{after}</span></p>")
     return "\n".join(lines)
 
-def entry(of: Reading, path: str, c: int, side: str, seen: tuple, mean: float, raised: Tensor | None, edges: dict) -> str:
-    """A subcomponent on the page, in HTML. side: the neighbour that its line shows; seen: ids (N, T), g and a of `observe`; mean: its mean
-    importance; raised: what its write direction adds to each logit; edges: its sources and targets."""
+def entry(of: Reading, path: str, c: int, side: str, seen: tuple, raised: Tensor | None, edges: dict) -> str:
+    """A subcomponent on the page, in HTML. side: the neighbour that its line shows; seen: ids (N, T), and g and a of
+    `observe`; raised: what its write direction adds to each logit; edges: its sources and targets."""
     ids, g, a = seen
     fires = g[path][..., c] > FIRES
+    mean = g[path][..., c].float().mean().item()
     facts = {"fires": f"at {fires.float().mean().item():.2%} of all tokens; mean importance {mean:.2g}"}
     for where, tokens in neighbours(ids).items():
         facts[where] = " ".join(f"{code(of, token)} {share:.0%}" for token, share in commonest(tokens, fires))
@@ -838,7 +840,7 @@ def report(of: Reading, file: Path, prompts: list[Tensor] = ()) -> str:
             if of.readout is not None and path.endswith(of.writers):
                 raised = of.readout @ of.decomposition.U[path][c].detach()
             _, side = clear[path, c]
-            sections.append(entry(of, path, c, side, (ids, g, a), mean[c].item(), raised, flow[f"{path}:{c}"]))
+            sections.append(entry(of, path, c, side, (ids, g, a), raised, flow[f"{path}:{c}"]))
     head = PAGE.replace("ROWS", "\n".join(rows)).replace("MOST", str(SHOWN // len(g)))
     write(file, head + "\n".join(sections))
     return f"the page of {len(order)} subcomponents is {file}"

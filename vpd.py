@@ -314,8 +314,8 @@ def frequency_minimality(S: Tensor, positions: int) -> Tensor:
     return (S * torch.log2(1 + S)).sum() / positions
 
 def relative_delta(model: nn.Module, U: dict, V: dict) -> Tensor:
-    """Loss 5. The mean over matrices of ||Delta||^2 / ||W||^2; scalar. The only place where Delta is built. ours: [VPD]
-    has the mean of Delta^2 over all weights, whose scale, and so whose weight in the total, is another in each model."""
+    """Loss 5. The mean over matrices of ||Delta||^2 / ||W||^2; scalar. The only place where Delta is built. ours: as in
+    the authors' newer code. [VPD] has the mean of all Delta^2, whose scale, and so whose weight, differs by model."""
     ratios = []
     for path in U:
         W = model.get_submodule(path).weight.detach()
@@ -408,8 +408,8 @@ class Config:
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
     adversary_lr: float = 0.01  # [0.01] of the ascent on the sources, after a linear warm-up over 2.5 % of the run
     adversary_steps: int = 2  # [2] inner ascent steps; the loss adds one; with a higher adversary_lr, 0 is enough
-    G_width: int = 96  # [2048] the width of G, if it is a transformer: more than the target's residual stream
-    G_blocks: int = 1  # [8] its depth: 0.5 to 2 times the target's
+    G_width: int = 128  # [2048] the width of G, if it is a transformer: more than the target's residual stream
+    G_blocks: int = 2  # [8] its depth: 0.5 to 2 times the target's
     G_heads: int = 4  # [16] its attention heads
     G_activations: bool = True  # [False] the transformer's scores see the size of their own activation, too
     bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs
@@ -548,7 +548,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     norm_G = nn.utils.clip_grad_norm_(parameters_G, config.clip_G)
 
     values = {"stochastic": loss_stochastic, "adversarial": loss_adversarial, "importance_minimality": loss_importance,
-              "frequency_minimality": loss_frequency, "relative_delta": loss_delta, "L0": (g > 0).sum(-1).float().mean(),
+              "frequency_minimality": loss_frequency, "relative_delta": loss_delta,
+              "L0": (g > 0).sum(-1).float().mean(),
               "gradient of U and V": norm_UV, "gradient of G": norm_G}  # fmt: skip
     numbers = finite_numbers(values, target, training.step)
     ascend(training.ascent, sources, sources.grad)  # one more step up: its gradient is there anyway
@@ -590,8 +591,8 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
         saved = training.seconds
         while training.step < config.steps:
             batch = get_batch(training.data_generator)
-            differs = f"batch {training.step} has shape {tuple(batch.shape)}, not {tuple(first.shape)}, as the first had"
-            reject_if(batch.shape != first.shape, differs)
+            differs = f"batch {training.step} has shape {tuple(batch.shape)}, the first had {tuple(first.shape)}"
+            reject_if(batch.shape != first.shape, f"{differs}: give batches of one shape")
             values = training_step(model, batch.to(device), divergence, training, config)
             training.seconds = time.monotonic() - start
             last = training.step == config.steps
@@ -650,10 +651,7 @@ def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterat
     """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one. Delta's mask is 0 in
     all, also in "unmasked": the subcomponents alone are judged."""
     for masking in MASKINGS:
-        masks = {}
-        for path, x in g.items():
-            masks[path] = F.pad(evaluation_mask(masking, x[..., :-1], generator), (0, 1))
-        yield masking, masks
+        yield masking, {path: F.pad(evaluation_mask(masking, x[..., :-1], generator), (0, 1)) for path, x in g.items()}
 
 @torch.enable_grad()  # `evaluate` runs without gradients
 def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(),
@@ -961,7 +959,7 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     reject_if(torch.is_inference_mode_enabled(), "there are no gradients in inference mode: decompose outside of it")
     check_matrices(model, C)
     for path, module in model.named_modules():
-        reject_if(module.training, f"{path or 'the model'} is in training mode, which changes outputs: call model.eval()")
+        reject_if(module.training, f"{path or 'the model'} is in training mode: call model.eval()")
     type_name = type(batch).__name__
     reject_if(not isinstance(batch, Tensor), f"a batch is a {type_name}: make get_batch return one tensor")
     batch = batch.to(next(model.parameters()).device)
@@ -969,21 +967,20 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     target, inputs = forward_with_inputs(model, C, batch)
     reject_if(not batch.equal(copy), "the model changes its batch in place: let it work on a copy, x = x.clone()")
     reject_if(not isinstance(target, Tensor), f"the model returns a {type(target).__name__}: make it return one tensor")
-    reject_if(not target.isfinite().all(), "the target model's output is not finite: look at the model, and at the data")
+    reject_if(not target.isfinite().all(), "the target model's output is not finite: look at the model and the data")
     idle = ", ".join(path for path in C if path not in inputs)
-    reject_if(idle, f"{idle} does not run in the model's forward pass, or behind torch.compile: leave it out, or give "
-                    "the model as it was before torch.compile")  # fmt: skip
+    reject_if(idle, f"{idle} does not run in the model's forward pass: leave it out, or undo torch.compile")
     positions = {tuple(x.shape[:-1]) for x in inputs.values()}
     reject_if(len(positions) > 1, f"the matrices see different positions, {positions}: decompose those with equal ones")
 
     def differ(x, y):
-        return (x - y).norm() > 1e-4 * y.norm()
+        return (x - y).float().norm() > 1e-4 * y.float().norm()
     def compare(path, module, x, output):
         other = differ(output, F.linear(x, module.weight, module.bias))
-        reject_if(other, f"{path} does not compute W x + b (an adapter, a scale, a hook?): merge it into W, or leave it out")
+        reject_if(other, f"{path} does not compute W x + b (adapter, hook?): merge it into W, or leave it out")
     with torch.no_grad(), _hooked(model, C, compare):
         again = model(batch)
-    reject_if(differ(again, target), "two passes over one batch differ (dropout, a cache?): make the model deterministic")
+    reject_if(differ(again, target), "two passes over one batch differ (dropout, cache?): make the model repeat itself")
     U = {path: torch.ones(1, model.get_submodule(path).out_features).to(batch.device).requires_grad_() for path in C}
     V = {path: x.new_ones(x.shape[-1], 1).requires_grad_() for path, x in inputs.items()}
     ones = {path: x.new_ones(*x.shape[:-1], 2) for path, x in inputs.items()}
@@ -999,7 +996,7 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:100]
         raise BadInput(f"the model has no gradient ({reason}): write x = x + y, not x += y; detach nothing") from None
-    reject_if(differ(again, target), "with all masks 1 the output is not the target's: a matrix is used behind its module")
+    reject_if(differ(again, target), "with all masks 1 the output is not the target's: is a matrix used twice?")
     cut_off = ", ".join(path for path in C if U[path].grad is None or V[path].grad is None)
     reject_if(cut_off, f"no gradient reaches {cut_off}: detach nothing, undo torch.compile, or leave it out")
 

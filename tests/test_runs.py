@@ -148,7 +148,7 @@ def test_a_matrix_that_is_called_by_keyword_is_decomposed_like_any_other():
 
 def test_a_batch_of_another_shape_is_refused_and_the_checkpoint_kept(tmp_path):
     rows = iter([32] * 4 + [31] * 9)
-    message = r"batch 3 has shape \(31, 4\), not \(32, 4\), as the first had"
+    message = r"batch 3 has shape \(31, 4\), the first had \(32, 4\): give batches of one shape"
     refused(message, tmp_path, config=CONFIG, get_batch=lambda _: torch.randn(next(rows), 4))
     assert saved(tmp_path)["step"] == 3
 
