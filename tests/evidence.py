@@ -429,7 +429,9 @@ def edit(run, out: Path):
     """Can one edit what a subcomponent does, and nothing else? The one that fires most clearly at line breaks is made
     to write "raise" (or the commonest token, if the tokenizer does not know it), beside a random one of its matrix."""
     vpd.reject_if(not run.tokenizer, f"{run.folder} has no tokenizer to know line breaks: make a run on text")
-    ids, g, a = train_gpt2.observe(run)
+    of = train_gpt2.reading(run)
+    ids = torch.cat(of.batches)
+    g, a = train_gpt2.observe(of)
     path, c = clearest_at_line_breaks(run, ids, g)
     encoded = run.tokenizer.encode(WRITTEN).tolist()
     token = encoded.pop() if len(encoded) == 1 else int(ids.flatten().mode().values)
@@ -510,7 +512,7 @@ def load_toy(folder: Path) -> tuple:
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         raise vpd.BadInput(f"{folder} holds no finished toy: give the folder of a run of toy_models.py") from error
     model, _ = toy_models.target_of_run(toy, metrics["seed"], 0, folder, "cpu")
-    return toy, model, vpd.load_decomposition(folder, toy.config(metrics["seed"])), metrics
+    return toy, model, vpd.load_decomposition(folder), metrics
 
 def groups_of_features(toy: toy_models.Toy, alive: dict[str, toy_models.Alive]) -> list[set[str]]:
     """What serves a feature (g > 0.1 if it is alone), for each; all of an identity; all of each W_out."""

@@ -72,7 +72,7 @@ def test_the_attention_claim_has_the_spread_and_the_pairs_of_every_head(run, tmp
     # independently: the subcomponents of v whose norm in the second of two heads is over half that in the first
     U = run.decomposition.U["h.1.attn.v"]
     mean = json.loads((run.folder / "metrics.json").read_text())["matrices"]["h.1.attn.v"]["mean_importance"]
-    norms = [sorted((U[c, :8].norm(), U[c, 8:].norm())) for c in range(6) if mean[c] > vpd.ALIVE]
+    norms = [sorted((U[c, :8].norm(), U[c, 8:].norm())) for c in range(len(mean)) if mean[c] > vpd.ALIVE]
     share = sum(bool(small > large / 2) for small, large in norms) / len(norms)
     assert rows["h.1.attn.v"]["in a second head"] == pytest.approx(share)
     for layer in range(2):

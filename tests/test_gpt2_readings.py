@@ -1,8 +1,10 @@
 """What train_gpt2.py reads off a finished run: the page, circuits, another decomposition of the same target."""
 
 import html
+import io
 import json
 import re
+import sys
 import shlex
 
 import pytest
@@ -125,6 +127,13 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run, command):
     assert graph["nodes"][-1]["matrix"] == "outcome" and graph["edges"]
     active = [node for node in graph["nodes"] if "importance" in node]
     assert len(active) == made["prunings"]["stochastic and adversarial"]["nodes"]
+
+def test_a_terminal_that_lacks_a_sign_ends_no_reading(run, command, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # of Windows, or redirected there
+    monkeypatch.setattr(sys, "stdout", terminal)
+    command("--out", run.folder, "--circuit", "def \u2192")
+    terminal.flush()
+    assert b"'def ?', then" in terminal.buffer.getvalue()
 
 def test_the_numbers_of_a_pruning_are_those_of_its_masks(run, command):
     ids = gpt.encoded(run, "def first(")
