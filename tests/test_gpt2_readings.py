@@ -7,6 +7,7 @@ import re
 import sys
 import shlex
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,8 +158,21 @@ def test_the_readmes_section_on_python_runs_as_it_stands(run, capsys):
     (code,) = code_blocks("In Python")
     exec(code.replace('"runs/laptop"', repr(str(run.folder))), {})
     ablated, edited = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"h.0.mlp.down:\d ablated: \{.+\}", ablated)
-    assert re.fullmatch(r"h.0.mlp.down:\d edited: \{.+\}", edited)
+    assert re.fullmatch(r"h.0.mlp.down:\d+ ablated: \{.+\}", ablated)
+    assert re.fullmatch(r"h.0.mlp.down:\d+ edited: \{.+\}", edited)
+
+def test_the_readmes_language_model_of_your_own_is_decomposed_and_read(run, tmp_path, monkeypatch):
+    *_, code = code_blocks("Your own model")
+    monkeypatch.chdir(tmp_path)
+    short = code.replace("sequence_config(model, C)", "sequence_config(model, C, steps=3)")
+    ids = torch.cat(gpt.validation_batches(run.ids, run.preset, "cpu")[:2])
+    def batch(generator):
+        return gpt.sample(run.ids, 16, 4, False, generator)
+    names = {"torch": torch, "vpd": vpd, "model": run.model, "batch": batch, "ids": ids, "decode": run.tokenizer.decode}
+    exec(short, names)
+    assert "h.1.mlp.down" in (tmp_path / "report.html").read_text()
+    saved = np.load(tmp_path / "importances.npz")
+    assert {path: x.shape[-1] - 1 for path, x in saved.items()} == run.C
 
 def test_another_decomposition_of_the_same_target_is_made_from_its_folder(run, tmp_path, command, refused):
     half = tmp_path / "half"

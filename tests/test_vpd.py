@@ -388,14 +388,14 @@ def test_the_warmup_fits_the_weights_with_u_and_v_alone():
     assert same(warm.G.state_dict(), cold.G.state_dict())
 
 def test_the_readmes_own_model_comes_out_as_it_says(tmp_path, capsys):
-    code, printed = code_blocks("Your own model")
+    code, promised, *_ = code_blocks("Your own model")
     torch.manual_seed(0)
     exec(code.replace('"runs/mine"', repr(str(tmp_path))), {})
-    found = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    promised = dict(line.rsplit(maxsplit=1) for line in printed.splitlines())
-    assert float(found["L0"]) == pytest.approx(float(promised["L0"]), rel=0.15)
-    for name in ("divergence, unmasked", "divergence, rounded at 0", "fresh adversary, 80 steps"):
-        assert float(found[name]) < 0.01 * float(promised["divergence, ablated"])
+    found = capsys.readouterr().out.splitlines()[-6:]
+    for line, promised_line in zip(found, promised.splitlines(), strict=True):
+        assert line.split()[0] == promised_line.split()[0] and line.endswith("good") and promised_line.endswith("good")
+        if line.startswith("L0"):
+            assert float(line.split()[1]) == pytest.approx(float(promised_line.split()[1]), rel=0.15)
 
 # --- 8  evaluation ---
 
