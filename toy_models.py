@@ -474,7 +474,7 @@ def main() -> None:
         if isinstance(error.__context__, OSError):  # torch.save hides that of a full disk
             sys.exit(f"error: {error.__context__}")
         raise
-    print(f"{vpd.table(metrics)}\npictures and metrics.json are in {out}")
+    print(f"{vpd.table(metrics)}\n{vpd.verdict(metrics)}\npictures and metrics.json are in {out}")
 
 if __name__ == "__main__":
     main()

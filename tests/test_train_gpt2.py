@@ -394,6 +394,13 @@ def one_of_two(rank, folder):
             except KeyboardInterrupt:
                 torch.distributed.destroy_process_group()
 
+def test_a_run_that_another_process_makes_is_refused_and_a_refused_run_leaves_no_folder(refused, small, tmp_path):
+    text = tmp_path / "text.txt"
+    with vpd.own_folder(tmp_path / "run", "run.lock"):
+        refused("is in use, by process [0-9]+ since", "--data", text, "--out", tmp_path / "run")
+    refused("cannot be read", "--data", tmp_path / "none.txt", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
 def test_two_processes_of_torchrun_go_on_where_they_were_stopped_and_end_the_same(small, tmp_path, capfd):
     torch.multiprocessing.spawn(one_of_two, (tmp_path,), 2)
     printed, _ = capfd.readouterr()
