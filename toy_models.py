@@ -169,7 +169,7 @@ class Toy:
             config = replace(config, steps=3000, lr=0.07 / self.dimensions**0.5)
         if self.length:
             # price_start: with 4, mechanisms often come to share a subcomponent; with 2, more are on than need be
-            config = replace(config, w_importance=3e-4, w_frequency=3e-4, price_start=3.0)
+            config = replace(config, w_importance=3e-4, w_frequency=3e-4, w_delta=10.0, price_start=3.0)
             config = replace(config, steps=8000, lr=0.005, muon=4.0, G_width=64)
         return replace(config, **{f"w_{loss}": 0.0 for loss in without})
 
