@@ -922,7 +922,7 @@ def draw_circuit(of: Reading, result: dict, file: Path) -> None:
     nodes = result["pruned_graph"]["nodes"]
     edges = [edge for edge in result["pruned_graph"]["edges"] if edge["share"] > 0.03]
     texts = [repr(of.decode([i])) for i in result["ids"]]
-    rows = [*of.embeddings, *of.decomposition.U, "outcome"]
+    rows = list(dict.fromkeys(node["matrix"] for node in nodes))  # in the order in which they run
     cells = collections.defaultdict(list)  # (matrix, position) -> its nodes
     for n in sorted({edge["source"] for edge in edges} | {edge["target"] for edge in edges}):
         cells[nodes[n]["matrix"], nodes[n]["position"]].append(n)
