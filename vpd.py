@@ -401,7 +401,7 @@ class Config:
     w_adversarial: float = 0.5  # [0.5]
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
-    w_delta: float = 1.0  # [1e7, of another form of loss 5] as low as keeps the unmasked divergence near 0
+    w_delta: float = 0.1  # [1e7, of another form of loss 5] as low as keeps the unmasked divergence near 0
     shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 in laptop and gpu
     price_start: float = 1.0  # [1] a factor on losses 3 and 4, falls geometrically to 1; ours: resid_mlp1 needs 120
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
