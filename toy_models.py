@@ -449,7 +449,8 @@ def run(name: str, seed: int, out: Path, without: tuple[str, ...], device: str, 
 
 def main() -> None:
     """The command line; see the top of this file."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding must not end a finished run
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding must not end a finished run
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tms_5-2", help="default: tms_5-2")
     parser.add_argument("--seed", type=int, default=0, help="of the target, its data and the decomposition")
@@ -467,13 +468,10 @@ def main() -> None:
     differs += ["-published"] if options.published else []
     out = (options.out or Path("runs") / "".join([options.model, *differs])).expanduser()
     try:
-        metrics = run(options.model, options.seed, out, options.without, options.device, options.published)
+        with vpd.own_folder(out, "run.lock"):
+            metrics = run(options.model, options.seed, out, options.without, options.device, options.published)
     except (vpd.BadInput, OSError) as error:
         sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch.save hides that of a full disk
-            sys.exit(f"error: {error.__context__}")
-        raise
     print(f"{vpd.table(metrics)}\n{vpd.verdict(metrics)}\npictures and metrics.json are in {out}")
 
 if __name__ == "__main__":

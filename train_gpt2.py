@@ -735,6 +735,7 @@ def clearness(tokens: Tensor, usual: Tensor, fires: Tensor) -> float:
     n = int((fires & (tokens >= 0)).sum())
     return sum(share - usual[i].item() for i, share in commonest(tokens, fires)) * n / (n + 20)
 
+@torch.enable_grad()
 def flows(of: Reading, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
     """How much subcomponents (path, c) add directly to each other's activation, summed over where the target fires
     ([VPD]'s dataset-aggregated attributions): {name: {"sources": [(sum, name)], "targets"}}, the 5 strongest each."""
@@ -811,7 +812,7 @@ def answer(of: Reading, ids: Tensor, shown: dict) -> str:
             rows.append(f"<span><i>{path}</i> {links}</span> " if fire else "")
     return f"<h2><code>{html.escape(of.decode(ids[0].tolist()))}</code></h2><dl>{''.join(rows)}</dl>"
 
-def report(of: Reading, file: Path, prompts: list[Tensor] = ()) -> str:
+def report(of: Reading, file: str | Path, prompts: list[Tensor] = ()) -> str:
     """Write a page: what fires on prompts (1, T), and every subcomponent that fires, of each matrix the clearest first.
     Returns a line for the terminal."""
     g, a = observe(of)
@@ -842,7 +843,7 @@ def report(of: Reading, file: Path, prompts: list[Tensor] = ()) -> str:
             _, side = clear[path, c]
             sections.append(entry(of, path, c, side, (ids, g, a), raised, flow[f"{path}:{c}"]))
     head = PAGE.replace("ROWS", "\n".join(rows)).replace("MOST", str(SHOWN // len(g)))
-    write(file, head + "\n".join(sections))
+    write(Path(file), head + "\n".join(sections))
     return f"the page of {len(order)} subcomponents is {file}"
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -1056,7 +1057,8 @@ def command(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line; see the top of this file."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
     best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -107,10 +107,14 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
 
     A mask of ones gives exactly the target (in float32): that is how a position is left out of the decomposition. The
     model's parameters are not touched; the masks live only in the hooks of this one call."""
+    replaced = []
     def replace(path, module, x, output):
+        replaced.append(path)
         return masked_linear(module, x, output, U[path], V[path], masks[path])
     with _hooked(model, masks, replace):
-        return model(batch)
+        output = model(batch)
+    reject_if(len(replaced) < len(masks), "some masked matrix did not run: undo torch.compile, or leave it out")
+    return output
 
 def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Tensor, mask: Tensor) -> Tensor:
     """The masked output of one matrix: input x (..., d_in), plain output (..., d_out), mask (..., C + 1)."""
@@ -422,6 +426,7 @@ def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
     ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a fifth
     of the time. lr: at width 64, from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18,
     0.17, its cross-entropy 0.20, 0.17, 0.15 above the target's, L0 47, 49, 50."""
+    check_matrices(model, C)
     width = statistics.mode(model.get_submodule(path).in_features for path in C)
     sizes = {"lr": 0.056 / width**0.5, "G_width": 8 * math.ceil(1.5 * width / 8), "G_blocks": max(1, len(C) // 12)}
     tuned = {"steps": 4000, "muon": 2.0, "lr_final": 0.1, "p_end": 0.4, "w_importance": 6.5e-4, "w_frequency": 3.5e-4,
@@ -496,8 +501,11 @@ def precision(device: torch.device | str, bf16: bool):
 
 def predict_scores(model, decomposition: Decomposition, batch: Tensor) -> tuple[Tensor, Tensor]:
     """On a batch: the target's output, and the scores z (..., sum C)."""
+    reject_if(model.training, "the model is in training mode: call model.eval()")
     with precision(batch.device, decomposition.bf16):
         target, inputs = forward_with_inputs(model, decomposition.U, batch)
+        idle = ", ".join(path for path in decomposition.U if path not in inputs)
+        reject_if(idle, f"{idle} does not run on every batch: leave it out, or undo torch.compile")
         z = decomposition.G(inputs, decomposition.U, decomposition.V)
     return target, z
 
@@ -524,6 +532,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
 
     target, z = predict_scores(model, training.decomposition, batch)
     g = causal_importances(z, U)
+    reject_if(g.shape != sources.shape, "the matrices see other positions than in the first batch: give equal ones")
     with precision(batch.device, config.bf16):
         for _ in range(config.adversary_steps):
             loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
@@ -579,7 +588,7 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
     check_target(model, C, first, divergence)
     training = initialize(model, C, first, config, rank())
     device = training.noise_generator.device
-    folder = Path(out) if out else None
+    folder = Path(out).expanduser() if out else None
     with own_folder(folder):
         if folder:
             with rank_0_first():
@@ -795,6 +804,7 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
             attributed[path] = torch.cat([of_c, of_write - of_c.sum(-1, keepdim=True)], -1)
     return attributed
 
+@torch.enable_grad()
 def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(),
                       share: float = 0.0) -> dict:  # fmt: skip
     """The attribution graph of one input (1, T): who contributes directly to whom, and to outcome(output), a scalar of
@@ -835,6 +845,7 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
                     edges.append({"source": source, "target": target, "attribution": size, "share": abs(size) / total})
     return {"nodes": nodes, "edges": edges}
 
+@torch.enable_grad()
 def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, cost_per_node: float,
           stochastic=True, adversarial=True, steps: int = 300, seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
     """Which of the subcomponents that are active on `batch` does one behaviour need? New causal importances, like g.
@@ -957,12 +968,14 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     dtype = torch.get_default_dtype()
     reject_if(dtype != torch.float32, f"new tensors are {dtype}: call torch.set_default_dtype(torch.float32) first")
     reject_if(torch.is_inference_mode_enabled(), "there are no gradients in inference mode: decompose outside of it")
+    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    reject_if(autocast, "autocast is on: decompose outside of it, with Config(bf16=True)")
     check_matrices(model, C)
     for path, module in model.named_modules():
         reject_if(module.training, f"{path or 'the model'} is in training mode: call model.eval()")
     type_name = type(batch).__name__
     reject_if(not isinstance(batch, Tensor), f"a batch is a {type_name}: make get_batch return one tensor")
-    batch = batch.to(next(model.parameters()).device)
+    batch = batch.to(model.get_submodule(next(iter(C))).weight.device)
     copy = batch.clone()
     target, inputs = forward_with_inputs(model, C, batch)
     reject_if(not batch.equal(copy), "the model changes its batch in place: let it work on a copy, x = x.clone()")
@@ -972,9 +985,13 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     reject_if(idle, f"{idle} does not run in the model's forward pass: leave it out, or undo torch.compile")
     positions = {tuple(x.shape[:-1]) for x in inputs.values()}
     reject_if(len(positions) > 1, f"the matrices see different positions, {positions}: decompose those with equal ones")
+    ids_moved = batch.dim() == 2 and not batch.is_floating_point() and positions != {tuple(batch.shape)}
+    reject_if(ids_moved, f"token ids are {tuple(batch.shape)}, but matrices see {positions}: give them (B, T, d)")
+    cast = ", ".join(path for path, x in inputs.items() if x.dtype != torch.float32)
+    reject_if(cast, f"the input of {cast} is not float32: use no autocast in the model, but Config(bf16=True)")
 
-    def differ(x, y):
-        return (x - y).float().norm() > 1e-4 * y.float().norm()
+    def differ(x, y):  # entry by entry, as one may be huge; NaN differs
+        return not ((x - y).abs() <= 1e-3 * (y.abs() + y.abs().float().median())).all()
     def compare(path, module, x, output):
         other = differ(output, F.linear(x, module.weight, module.bias))
         reject_if(other, f"{path} does not compute W x + b (adapter, hook?): merge it into W, or leave it out")
@@ -984,18 +1001,20 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     U = {path: torch.ones(1, model.get_submodule(path).out_features).to(batch.device).requires_grad_() for path in C}
     V = {path: x.new_ones(x.shape[-1], 1).requires_grad_() for path, x in inputs.items()}
     ones = {path: x.new_ones(*x.shape[:-1], 2) for path, x in inputs.items()}
+    half = {path: mask / 2 for path, mask in ones.items()}
+    loss = divergence(target, target.clone().requires_grad_())
+    scalar = isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad
+    reject_if(not scalar, "the divergence is not one number with a gradient: make it a tensor, the mean over positions")
     try:  # a step in small: two masked passes, then one backward
         again = masked_forward(model, U, V, ones, batch)
-        half = {path: mask / 2 for path, mask in ones.items()}
-        loss = divergence(target, masked_forward(model, U, V, half, batch))
-        scalar = isinstance(loss, Tensor) and loss.dim() == 0
-        reject_if(not scalar, "the divergence is not one number: make it the mean over all positions")
-        (loss + divergence(target, again)).backward(inputs=[*U.values(), *V.values()])
+        loss = divergence(target, masked_forward(model, U, V, half, batch)) + divergence(target, again)
+        loss.backward(inputs=[*U.values(), *V.values()])
     except torch.cuda.OutOfMemoryError:
         raise BadInput("a batch is too large for the memory of the device: take a smaller one") from None
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:100]
-        raise BadInput(f"the model has no gradient ({reason}): write x = x + y, not x += y; detach nothing") from None
+        advice = "write x = x + y, not x += y" if "inplace" in reason else "detach nothing, use no no_grad in it"
+        raise BadInput(f"the model has no gradient ({reason}): {advice}") from error
     reject_if(differ(again, target), "with all masks 1 the output is not the target's: is a matrix used twice?")
     cut_off = ", ".join(path for path in C if U[path].grad is None or V[path].grad is None)
     reject_if(cut_off, f"no gradient reaches {cut_off}: detach nothing, undo torch.compile, or leave it out")
@@ -1037,6 +1056,7 @@ def write_settings(folder: Path, model: nn.Module, C: dict[str, int], config: Co
         digest.update(name.encode() + x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     run = dataclasses.asdict(config) | {f"C of {name}": number for name, number in C.items()}
     run |= {"order of the matrices": list(C), "number of processes": world_size()}
+    run["positions in a batch"] = list(training.sources.shape[:-1])
     run |= {"G": type(training.decomposition.G).__name__, "target model": digest.hexdigest()[:16]}
     if not path.exists():
         now = versions(training.sources.device)
@@ -1050,11 +1070,14 @@ def write_settings(folder: Path, model: nn.Module, C: dict[str, int], config: Co
 def atomic_write(path: Path):
     """A binary file that replaces `path` only when it is complete and on disk: a kill leaves the old one whole."""
     unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # of torch.save
+        raise BadInput(f"{path} cannot be written ({str(error).splitlines()[0]}): make room there") from error
 
 def save_checkpoint(folder: Path, training: Training) -> None:
     """Write all of `training` to checkpoint.pt, and the length of the log, so that a resumed run continues it. Process
@@ -1116,10 +1139,14 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
         os.truncate(log, state["log_bytes"])  # what follows the checkpoint will be logged again
 
 def load_decomposition(folder: str | Path, device="cpu") -> Decomposition:
-    """What a run found, from its run.json and last checkpoint.pt, to be read and not to be trained on."""
-    run = json.loads((Path(folder) / "run.json").read_text())["run"]
+    """What a run found, from its run.json and last checkpoint.pt, to be read and not to be trained on. Raises BadInput
+    if the folder, the `out` of `decompose`, has none."""
+    folder = Path(folder).expanduser()
+    missing = not (folder / "run.json").exists() or not (folder / "checkpoint.pt").exists()
+    reject_if(missing, f"{folder} has no run.json and checkpoint.pt: give the folder that `decompose` got as `out`")
+    run = json.loads((folder / "run.json").read_text())["run"]
     config = Config(**{field.name: run[field.name] for field in dataclasses.fields(Config)})
-    state = torch.load(Path(folder) / "checkpoint.pt", map_location=device, weights_only=True)
+    state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
     function = {"ImportanceMLPs": ImportanceMLPs, "ImportanceTransformer": ImportanceTransformer}[run["G"]]
     G = function({path: tuple(v.shape) for path, v in state["V"].items()}, config).to(device)
     G.load_state_dict(state["G"])
@@ -1127,11 +1154,12 @@ def load_decomposition(folder: str | Path, device="cpu") -> Decomposition:
 
 def progress(line: str, milestone: bool) -> None:
     """Show a line of progress: on a terminal over the last, unless that was a milestone; elsewhere milestones alone."""
-    if sys.stderr.isatty():  # a line that wraps could not be written over: cut it
-        cut = shutil.get_terminal_size().columns - 1
-        print("\r\033[K" + (f"{line}\n" if milestone else line[:cut]), end="", file=sys.stderr, flush=True)
-    elif milestone:
-        print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a full disk or closed stderr must not end a run
+        if sys.stderr.isatty():  # a line that wraps could not be written over: cut it
+            cut = shutil.get_terminal_size().columns - 1
+            print("\r\033[K" + (f"{line}\n" if milestone else line[:cut]), end="", file=sys.stderr, flush=True)
+        elif milestone:
+            print(line, file=sys.stderr, flush=True)
 
 def with_progress(items: Iterable, what: str) -> Iterator:
     """The items one by one; after 5 seconds with a line of progress and the time left."""
@@ -1155,10 +1183,10 @@ def log_step(values: dict[str, float], training: Training, config: Config, folde
     for name, x in values.items():
         if not name.startswith("gradient"):
             line += f"  {name.split('_')[0]} {x:.4g}"
-    progress(line, step == config.steps or step % (20 * often) == 0)
     if folder:
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps({"step": step, "seconds": training.seconds, **values}) + "\n")
+    progress(line, step == config.steps or step % (20 * often) == 0)
 
 def draw_run(metrics: dict, log: Path, file: Path) -> None:
     """Left, the losses (without their weights) and L0 over the training, from log.jsonl. Right, the spectrum: all mean

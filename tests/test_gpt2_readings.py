@@ -158,8 +158,8 @@ def test_the_readmes_section_on_python_runs_as_it_stands(run, capsys):
     (code,) = code_blocks("In Python")
     exec(code.replace('"runs/laptop"', repr(str(run.folder))), {})
     ablated, edited = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"h.0.mlp.down:\d+ ablated: \{.+\}", ablated)
-    assert re.fullmatch(r"h.0.mlp.down:\d+ edited: \{.+\}", edited)
+    assert re.fullmatch(r"ablated \{.+\}", ablated)
+    assert re.fullmatch(r"edited \{.+\}", edited)
 
 def test_the_readmes_language_model_of_your_own_is_decomposed_and_read(run, tmp_path, monkeypatch):
     *_, code = code_blocks("Your own model")
@@ -171,8 +171,9 @@ def test_the_readmes_language_model_of_your_own_is_decomposed_and_read(run, tmp_
     names = {"torch": torch, "vpd": vpd, "model": run.model, "batch": batch, "ids": ids, "decode": run.tokenizer.decode}
     exec(short, names)
     assert "h.1.mlp.down" in (tmp_path / "report.html").read_text()
-    saved = np.load(tmp_path / "importances.npz")
-    assert {path: x.shape[-1] - 1 for path, x in saved.items()} == run.C
+    saved = np.load(tmp_path / "batch.npz")
+    assert saved["activations"].shape[-1] == sum(run.C.values())
+    assert saved["importances"].shape == (*ids.shape, sum(run.C.values()) + len(run.C))
 
 def test_another_decomposition_of_the_same_target_is_made_from_its_folder(run, tmp_path, command, refused):
     half = tmp_path / "half"

@@ -159,7 +159,7 @@ def test_a_target_that_turns_nan_stops_the_run_names_itself_and_keeps_the_checkp
     assert saved(tmp_path)["step"] == 3
 
 def test_a_loss_that_turns_inf_stops_the_run_and_is_named(tmp_path):
-    factors = iter([1] * 22 + [math.inf] * 4)  # two of the check; four a step: two ascents, the first two losses
+    factors = iter([1] * 23 + [math.inf] * 4)  # three of the check; four a step: two ascents, the first two losses
     message = "the (stochastic|adversarial) .*is not finite at step 5"
     refused(message, tmp_path, config=CONFIG, divergence=lambda a, b: vpd.mse(a, b) * next(factors))
     assert saved(tmp_path)["step"] == 5

@@ -170,7 +170,7 @@ def test_a_full_disk_ends_in_one_line(name, tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))  # no file of more than 3,000 bytes
     try:
-        assert "File too large" in error_of(monkeypatch, name, "--out", tmp_path)
+        assert "cannot be written" in error_of(monkeypatch, name, "--out", tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

@@ -78,6 +78,20 @@ class Shifting(nn.Module):
         ids[:, 1:] = ids[:, :-1].clone()
         return self.first(self.embed(ids))
 
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.first = nn.Linear(4, 10)
+
+    def forward(self, ids):
+        return self.first(self.embed(ids.T)).transpose(0, 1)
+
+class Cast(nn.Linear):
+    """Computes in float32 what comes in bfloat16."""
+    def forward(self, x):
+        return super().forward(x.float())
+
 REFUSED = {  # a model, what else is given to `decompose`, and what the refusal says
     "adapter": (partial(Net, LoRA), {}, "first does not compute W x [+] b .*: merge it"),
     "quantised": (partial(Net, Quantised), {}, "first does not compute W x [+] b"),
@@ -92,11 +106,18 @@ REFUSED = {  # a model, what else is given to `decompose`, and what the refusal 
     "lazy": (partial(Net, lambda _, d_out: nn.LazyLinear(d_out)), {}, r"first has no weights yet: call model\(batch\)"),
     "double": (partial(changed, nn.Module.double), {}, r"first.weight is torch.float64: call model.float\(\)"),
     "detached": (partial(Net, between=torch.Tensor.detach), {}, "no gradient reaches first: detach nothing"),
-    "no gradient": (partial(Net, after=torch.Tensor.detach), {}, "the model has no gradient .*: .* detach nothing"),
+    "no gradient": (partial(Net, after=torch.Tensor.detach), {}, "the model has no gradient .*: detach nothing"),
     "two outputs": (partial(Net, after=lambda x: (x, x)), {}, "the model returns a tuple: make it return one tensor"),
     "dict": (Net, {"get_batch": lambda _: {"x": 1}}, "a batch is a dict: make get_batch return one tensor"),
     "tuple": (Net, {"get_batch": lambda _: (1, 2)}, "a batch is a tuple"),
-    "no scalar": (Net, {"divergence": lambda x, y: (x - y) ** 2}, "the divergence is not one number")}
+    "no scalar": (Net, {"divergence": lambda x, y: (x - y) ** 2}, "the divergence is not one number"),
+    "no tensor": (Net, {"divergence": lambda x, y: 1.0}, "the divergence is not one number"),
+    "dropout behind a huge logit": (
+        partial(Net, between=lambda x: F.dropout(x, 0.5), after=lambda x: torch.cat([x, 0 * x - 1e9], -1)),
+        {},
+        "two passes over one batch differ"),
+    "time first": (TimeFirst, {"get_batch": ids}, r"token ids are \(2, 6\), but matrices see .*\(6, 2\)"),
+    "autocast inside": (partial(Net, before=lambda x: x.bfloat16(), first=Cast), {}, "input of first is not float32")}
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_decomposed_is_refused_by_its_cause_in_one_line(name, tmp_path):
@@ -136,6 +157,8 @@ def test_whatever_computes_w_x_plus_b_is_decomposed_even_where_the_caller_has_sw
         assert torch.equal(model(x), target)
 
 def test_new_tensors_in_float64_and_inference_mode_are_refused_and_not_the_model_blamed():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(vpd.BadInput, match="autocast is on"):
+        vpd.decompose(Net().eval(), {"first": 3}, numbers, vpd.mse, SMALL)
     with torch.inference_mode(), pytest.raises(vpd.BadInput, match="no gradients in inference mode"):
         vpd.decompose(Net().eval(), {"first": 3}, numbers, vpd.mse, SMALL)
     torch.set_default_dtype(torch.float64)
@@ -173,6 +196,21 @@ def test_a_run_is_opened_from_its_folder_alone_and_has_the_same_importances(make
     assert torch.equal(g[path], g_again[path])
     assert isinstance(found.G, vpd.ImportanceTransformer) == (get_batch is ids)  # by the inputs' shape
 
+def test_a_decomposition_is_read_with_the_model_in_eval_mode_and_from_its_own_folder_alone(tmp_path):
+    model = Net().eval()
+    found = vpd.decompose(model, {"first": 3}, numbers, vpd.mse, SMALL)
+    with pytest.raises(vpd.BadInput, match="in training mode"):
+        vpd.evaluate(model.train(), found, [numbers(None)], vpd.mse)
+    with pytest.raises(vpd.BadInput, match="has no run.json and checkpoint.pt"):
+        vpd.load_decomposition(tmp_path)
+
+def test_a_matrix_that_no_longer_runs_is_named_and_not_silently_left_whole():
+    model = Net().eval()
+    found = vpd.decompose(model, {"first": 3}, numbers, vpd.mse, SMALL)
+    model.forward = lambda x: x
+    with pytest.raises(vpd.BadInput, match="did not run"):
+        vpd.masked_forward(model, found.U, found.V, {"first": torch.zeros(8, 4)}, numbers(None))
+
 def test_the_settings_for_sequences_follow_the_sizes_of_the_model():
     model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(24)], nn.Linear(256, 1024), nn.Linear(1024, 256))
     C = {str(i): 5 for i in range(26)}
@@ -181,8 +219,8 @@ def test_the_settings_for_sequences_follow_the_sizes_of_the_model():
     assert config.lr == pytest.approx(0.007 / 2)  # four times the width of 64
 
 def test_the_verdict_names_what_to_change_for_each_figure_that_is_not_good():
-    figures = {"divergence, unmasked": 0.003, "divergence, stochastic": 0.12, "divergence, rounded at 0": 0.17,
-               "divergence, ablated": 8.0, "L0": 50.0, "alive": 1000, "C": 1600, "fresh adversary, 80 steps": 0.3}  # fmt: skip
+    figures = {"divergence, unmasked": 0.003, "divergence, stochastic": 0.12, "divergence, rounded at 0": 0.17}
+    figures |= {"divergence, ablated": 8.0, "L0": 50.0, "alive": 1000, "C": 1600, "fresh adversary, 80 steps": 0.3}
     assert vpd.verdict({"figures": figures}).count("good") == 6
     worse = {"divergence, unmasked": ("raise w_delta", 0.03), "fresh adversary, 80 steps": ("take more steps", 20.0),
              "alive": ("raise C", 1590), "L0": ("raise w_importance", 900.0)}  # fmt: skip
