@@ -398,15 +398,15 @@ class Config:
     muon: float = 1.0  # [0] U and V step by Muon with muon * lr; 0: by AdamW with lr; ours: laptop L0 84, not 107
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
-    faithfulness_steps: int = 400  # [400] of U and V alone, on Delta-L2, before the training (`fit_weights`)
+    faithfulness_steps: int = 400  # [400] of U and V alone, on loss 5, before the training (`fit_weights`)
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: it can explode as p falls below 1 (toys: never did)
     w_stochastic: float = 0.5  # [0.5] the weights of the five losses
     w_adversarial: float = 0.5  # [0.5]
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
-    w_delta: float = 0.1  # [1e7, of another form of loss 5] as low as keeps the unmasked divergence near 0
-    shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 in laptop and gpu
+    w_delta: float = 0.1  # [1e7, of another form of loss 5] in the divergence's scale: with a KL of logits 1000 serves
+    shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 for sequences
     price_start: float = 1.0  # [1] a factor on losses 3 and 4, falls geometrically to 1; ours: resid_mlp1 needs 120
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
@@ -421,7 +421,7 @@ class Config:
 def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
     """Where to start with sequences and a divergence of logits, as `Config()` is where to start without. settings: what
     shall be otherwise. Derived from the sizes: G is 1.5 times as wide as most matrices' inputs, the residual stream,
-    and half as deep as a transformer of six matrices a layer; entries of V start at 1 / sqrt(width), and so does lr.
+    and half as deep as a transformer of six matrices a layer. lr goes with 1 / sqrt(width), as V's entries start.
 
     ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a fifth
     of the time. lr: at width 64, from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18,
@@ -583,7 +583,7 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
         it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with equal
         threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
     validate(decomposition): figures {name: number} for log.jsonl, asked for every tenth of the run.
-    Raises BadInput: see `check_target`, `claim_folder`, `load_checkpoint`; for other shapes, or a loss not finite."""
+    Raises BadInput: see `check_target`, `own_folder`, `write_settings`, `load_checkpoint`; for other shapes, or a loss not finite."""
     first = get_batch(torch.Generator().manual_seed(config.seed))
     check_target(model, C, first, divergence)
     training = initialize(model, C, first, config, rank())
