@@ -583,8 +583,8 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
         it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with equal
         threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
     validate(decomposition): figures {name: number} for log.jsonl, asked for every tenth of the run.
-    Raises BadInput: see `check_target`, `own_folder`, `write_settings`, `load_checkpoint`; for batches of unequal shape,
-    or a loss that is not finite."""
+    Raises BadInput: see `check_target`, `own_folder`, `write_settings`, `load_checkpoint`; if batches differ in shape,
+    or a loss is not finite."""
     first = get_batch(torch.Generator().manual_seed(config.seed))
     check_target(model, C, first, divergence)
     training = initialize(model, C, first, config, rank())
