@@ -1014,7 +1014,7 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
         raise BadInput("a batch is too large for the memory of the device: take a smaller one") from None
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:100]
-        advice = "write x = x + y, not x += y" if "inplace" in reason else "detach nothing, use no no_grad in it"
+        advice = "write x = x + y, not x += y" if "inplace" in reason else "detach nothing, leave out no_grad"
         raise BadInput(f"the model has no gradient ({reason}): {advice}") from error
     reject_if(differ(again, target), "with all masks 1 the output is not the target's: is a matrix used twice?")
     cut_off = ", ".join(path for path in C if U[path].grad is None or V[path].grad is None)
