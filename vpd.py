@@ -695,11 +695,13 @@ def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], div
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None,
              attack_steps: int = 80) -> dict:  # fmt: skip
     """What every decomposition reports, as a dict for JSON: {"figures": {name: number}, "matrices": see
-    `count_subcomponents`}. batches: the evaluation set, of one shape. The figures: sums over all matrices, the
-    divergence from the target by masking and under a fresh adversary with one source per mask, and how large Delta is.
-    With loss(batch, output) -> scalar (the target's training loss), also how far it is above that of the target.
-    Takes 8 passes over all batches, and for the attack 1 + attack_steps more with their gradients: the most of the
-    time, some of it to be saved by fewer. Keeps outputs and importances of all. Raises BadInput if shapes differ."""
+    `count_subcomponents`, "attack": see `fresh_adversary`}. batches: the evaluation set, of one shape. The figures: sums
+    over all matrices, the divergence from the target by masking and under attack, and how large Delta is. With
+    loss(batch, output) -> scalar (the target's training loss), also how far it is above that of the target.
+
+    The attack sees a quarter of the batches. That saves more than half of the time, and the figure is a little higher:
+    sources that serve fewer inputs fit them better. Keeps outputs and importances of all batches. Raises BadInput if
+    their shapes differ."""
     shapes = {batch.shape for batch in batches}
     reject_if(len(shapes) != 1, "the evaluation batches differ in shape: give equal ones")
     cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
@@ -717,7 +719,8 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
             divergences[masking] += divergence(target, output).item() / len(cases)
             if loss:
                 losses[masking] += loss(batch, output).item() / len(cases)
-    attack = fresh_adversary(model, decomposition, cases, divergence, seed=seed, steps=attack_steps)
+    attacked = cases[: math.ceil(len(cases) / 4)]
+    attack = fresh_adversary(model, decomposition, attacked, divergence, seed=seed, steps=attack_steps)
     figures = total_counts(matrices)
     figures |= {f"divergence, {masking}": x for masking, x in divergences.items()}
     for steps in sorted({20, 40, attack_steps}):
@@ -728,7 +731,7 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
     if loss:
         figures["loss of the target"] = target_loss
         figures |= {f"loss above target, {masking}": losses[masking] - target_loss for masking in MASKINGS}
-    return {"figures": figures, "matrices": matrices}
+    return {"figures": figures, "matrices": matrices, "attack": attack}
 
 def table(metrics: dict) -> str:
     """What `evaluate` returns, with what was added to it, as text: a line for each figure, then one for each matrix."""
@@ -751,14 +754,13 @@ def verdict(metrics: dict) -> str:
     figures = metrics["figures"]
     ablated = figures["divergence, ablated"]
     stochastic = figures["divergence, stochastic"]
-    attack = [x for name, x in figures.items() if name.startswith("fresh adversary")]
     checks = (
         ("unmasked divergence", figures["divergence, unmasked"], 0.05 * stochastic, "raise w_delta"),
         ("stochastic divergence", stochastic, 0.05 * ablated, "take more steps, then lower w_importance, w_frequency"),
         ("rounded divergence", figures["divergence, rounded at 0"], 2 * stochastic, "raise shrink, or adversary_lr"),
         ("L0", figures["L0"], 0.2 * figures["alive"], "raise w_importance and w_frequency, or take more steps"),
         ("alive", figures["alive"], 0.9 * figures["C"], "raise C, or w_frequency"),
-        ("adversary's divergence", max(attack), 0.1 * ablated, "take more steps; lower w_importance, w_frequency"))
+        ("adversary's divergence", metrics["attack"][-1], 0.1 * ablated, "take more steps; lower w_importance, w_frequency"))
     lines = []
     for name, x, most, remedy in checks:
         lines.append(f"{name:23s} {x:10.4g}  {'good' if x <= most else f'over {most:.4g}: {remedy}'}")
@@ -1032,15 +1034,11 @@ def own_folder(folder: Path | None, name: str = "training.lock"):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+") as lock:
+    with open(folder / name, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            raise BadInput(f"{folder} is in use, by {lock.read()}: wait, or choose another folder") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} since {time.ctime()}")
-        lock.flush()
+            raise BadInput(f"{folder} is in use by another process: wait, or choose another folder") from None
         try:
             yield
         finally:
