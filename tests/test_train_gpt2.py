@@ -397,7 +397,7 @@ def one_of_two(rank, folder):
 def test_a_run_that_another_process_makes_is_refused_and_a_refused_run_leaves_no_folder(refused, small, tmp_path):
     text = tmp_path / "text.txt"
     with vpd.own_folder(tmp_path / "run", "run.lock"):
-        refused("is in use, by process [0-9]+ since", "--data", text, "--out", tmp_path / "run")
+        refused("is in use by another process", "--data", text, "--out", tmp_path / "run")
     refused("cannot be read", "--data", tmp_path / "none.txt", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -178,7 +178,7 @@ with vpd.own_folder(vpd.Path(sys.argv[1])):
 def test_a_folder_in_use_is_refused_with_its_owner_and_a_killed_owner_frees_it(tmp_path):
     with subprocess.Popen([sys.executable, "-c", OWNER, tmp_path], stdout=subprocess.PIPE) as owner:
         assert owner.stdout.readline() == b"mine\n"
-        with pytest.raises(vpd.BadInput, match=f"is in use, by process {owner.pid} since"):
+        with pytest.raises(vpd.BadInput, match="is in use by another process"):
             vpd.decompose(Net().eval(), {"first": 3}, numbers, vpd.mse, SMALL, tmp_path)
         owner.kill()
     vpd.decompose(Net().eval(), {"first": 3}, numbers, vpd.mse, SMALL, tmp_path)
