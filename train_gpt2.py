@@ -26,7 +26,6 @@ import re
 import sys
 import sysconfig
 import time
-import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable
@@ -139,13 +138,8 @@ def readout(model: GPT) -> Tensor:
 # No merge crosses a border of pieces (a word with the space before it, indentation, signs), which hold the whole text.
 # They are short: `learn` counts a piece anew when a pair in it is merged, and a text without spaces (DNA) would be one.
 PIECES = re.compile(r" ?[^\W\d_]{1,100}| ?\d{1,100}| ?[^\w\s]{1,100}| ?_{1,100}|\s{1,100}")
-GPT2_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d]+| ?\d+| ?[^\w\s]+|\s+(?!\S)|\s+")
-
-def gpt2_pieces(text: str) -> list[str]:
-    """GPT-2's pieces. Characters that are newer than GPT-2 may be split otherwise than by its tokenizer."""
-    numbers = [x for x in set(text) if unicodedata.category(x) in ("Nl", "No")]  # letters to `re`, as is "_"
-    of_its_kind = str.maketrans("_\x1c\x1d\x1e\x1f" + "".join(numbers), "!!!!!" + "0" * len(numbers))
-    return [text[slice(*found.span())] for found in GPT2_PIECES.finditer(text.translate(of_its_kind))]
+# GPT-2's own. Numbers like ² and Ⅷ are digits to its tokenizer, but letters to `re`.
+GPT2_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
 
 def gpt2_bytes() -> dict[str, int]:
     """GPT-2's files write a byte as one visible character: {character: byte}, in the order of the tokens 0 to 255."""
@@ -194,10 +188,8 @@ class Tokenizer:
         return Tokenizer(merges)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids: uint16, or uint32 if there are more than 65,536. Raises BadInput for half a surrogate pair."""
-        if broken := re.search("[\ud800-\udfff]", text):
-            raise vpd.BadInput(f"the text holds half a surrogate pair, {ascii(broken[0])}: give valid Unicode")
-        pieces = gpt2_pieces(text) if self.gpt2 else PIECES.findall(text)
+        """Token ids: uint16, or uint32 if there are more than 65,536."""
+        pieces = GPT2_PIECES.findall(text) if self.gpt2 else PIECES.findall(text)
         dtype = np.uint16 if len(self.bytes) <= 1 << 16 else np.uint32
         encoded = {}
         for piece in vpd.with_progress(set(pieces), "encoding the text"):  # every distinct piece once
@@ -248,13 +240,12 @@ def read_text(file: Path) -> str:
 
 def read_bin(file: Path) -> np.ndarray:
     """Token ids, memory-mapped: uint16, as nanoGPT writes them, or int32 or int64, announced on stderr; without the
-    header of llm.c, if there is one. Raises BadInput if the file is cut short or holds negative ids."""
-    vpd.reject_if(not file.is_file(), f"there is no file {file}: give a .bin of token ids")
+    header of llm.c, if there is one. Raises BadInput if there are none, or negative ones, and OSError."""
     size = file.stat().st_size
     vpd.reject_if(size % 2 or not size, f"{file} has {size} bytes: give a file of uint16 or uint32 token ids")
-    header = np.fromfile(file, np.int32, 256)  # llm.c's: the number of its format, a version, how many ids follow
-    of_llm_c = len(header) == 256 and header[0] in (20240520, 20240801)
-    ids = np.memmap(file, dtype=np.uint16, mode="r")[512 if of_llm_c else 0 :]
+    ids = np.memmap(file, dtype=np.uint16, mode="r")
+    if int.from_bytes(ids[:2].tobytes(), "little") in (20240520, 20240801):
+        ids = ids[512:]  # after the header of llm.c, which begins with the number of its format
     for wider in (np.int32, np.int64):
         in_pairs = ids[: len(ids) // 2 * 2].view(wider)
         largest = float(np.abs(in_pairs[: 1 << 22]).max(initial=0))
@@ -263,27 +254,23 @@ def read_bin(file: Path) -> np.ndarray:
         ids = in_pairs
     if ids.itemsize > 2 and vpd.rank() == 0:
         print(f"{file} is read as {ids.dtype}", file=sys.stderr)
-    short = size % ids.itemsize or (of_llm_c and len(ids) != header[2])
-    vpd.reject_if(short, f"{file} is cut short: its {size} bytes hold {len(ids)} whole {ids.dtype}; make it again")
     vpd.reject_if(ids[: 1 << 23].min(initial=0) < 0, f"{file} holds negative token ids: make it without them")
     return ids
 
-@functools.cache
-def windows(tokens: int, T: int, validation: bool) -> tuple[np.ndarray, int]:
-    """Where windows of T tokens may be cut: the starts of training or validation stretches, and the offsets in each.
-    Raises BadInput if the corpus is too short to have both."""
-    stretch = min(STRETCH, tokens // 10)
-    vpd.reject_if(stretch < T, f"the corpus has {tokens} tokens; for windows of {T} give one with at least {10 * T}")
-    starts = np.arange(0, tokens - stretch + 1, stretch)
-    of_validation = np.arange(len(starts)) % 10 == 9
-    return starts[of_validation == validation], stretch - T + 1
-
 def sample(ids: np.ndarray, T: int, B: int, validation: bool, generator: torch.Generator) -> Tensor:
-    """(B, T) token ids, windows that lie wholly in training or in validation stretches."""
-    starts, offsets = windows(len(ids), T, validation)
-    at = starts[torch.randint(len(starts), (B,), generator=generator).numpy()]
-    at = at + torch.randint(offsets, (B,), generator=generator).numpy()
-    return torch.from_numpy(np.stack([ids[i : i + T] for i in at]).astype(np.int64))
+    """(B, T) token ids, windows that lie wholly in training or in validation stretches. Raises BadInput if the corpus
+    is too short to have both."""
+    stretch = min(STRETCH, len(ids) // 10)
+    vpd.reject_if(stretch < T, f"the corpus has {len(ids)} tokens; for windows of {T} give one of at least {10 * T}")
+    number = len(ids) // stretch
+    of_validation = number // 10
+    if validation:
+        which = 10 * torch.randint(of_validation, (B,), generator=generator) + 9
+    else:
+        which = torch.randint(number - of_validation, (B,), generator=generator)
+        which = which + which // 9  # nine of training, one left out
+    at = which * stretch + torch.randint(stretch - T + 1, (B,), generator=generator)
+    return torch.from_numpy(np.stack([ids[i : i + T] for i in at.tolist()]).astype(np.int64))
 
 # ---- The target, stage 1 --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -313,12 +300,12 @@ SOME = 2048  # the first of them, for quick looks
 WINDOWS = 8  # in a batch of validation text
 CHECKPOINT_SECONDS = 60  # what a kill costs at most
 
-def validation_batches(ids: np.ndarray, preset: Preset, device: str, positions: float = math.inf) -> list[Tensor]:
-    """The evaluation set, or its first positions, for the target's curve and all its decompositions: (WINDOWS, T) each.
-    It depends on the corpus and on the length T of a window alone, so that all are judged on the same text."""
+def validation_batches(ids: np.ndarray, preset: Preset, device: str) -> list[Tensor]:
+    """The evaluation set, for the target's curve and all its decompositions: (WINDOWS, T) each. It depends on the
+    corpus and on the length T of a window alone, so that all are judged on the same text."""
     T = preset.shape.context
     generator = torch.Generator().manual_seed(12345)
-    number = math.ceil(min(positions, EVALUATED) / (WINDOWS * T))
+    number = math.ceil(EVALUATED / (WINDOWS * T))
     return [sample(ids, T, WINDOWS, True, generator).to(device) for _ in range(number)]
 
 def cross_entropy(ids: Tensor, logits: Tensor) -> Tensor:
@@ -334,23 +321,20 @@ def validation_loss(model: GPT, batches: list[Tensor], bf16: bool = False) -> fl
 def load_target(place: Path | None) -> tuple[GPT | None, dict | None]:
     """The model that the folder of a run or of a GPT-2 holds, on the CPU, and the record of its training; None twice if
     there is none. Raises BadInput if a file is damaged or of another model; see `read_gpt2`."""
-    if place and (place / "target.pt").exists():
-        try:
-            saved = torch.load(place / "target.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises almost anything on a file that is not its own
-            raise vpd.BadInput(f"{place}/target.pt is damaged ({type(error).__name__}): delete it, repeat the command")
-    elif place and ((place / "config.json").exists() or (place / "ckpt.pt").exists()):
-        saved = read_gpt2(place)
-    else:
-        return None, None
-    model = GPT(Shape(**saved["shape"]))
-    biases = {name: x for name, x in model.state_dict().items() if name.endswith(".bias")}
-    if biases.keys().isdisjoint(saved["model"]):  # nanoGPT's bias=False; those of a new model are 0
-        saved["model"] |= biases
     try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:  # its second line names the first tensor that is wrong
-        raise vpd.BadInput(f"{place} holds another model: {str(error).splitlines()[1].strip()[:200]}") from None
+        if place and (place / "target.pt").exists():
+            saved = torch.load(place / "target.pt", map_location="cpu", weights_only=True)
+        elif place and ((place / "config.json").exists() or (place / "ckpt.pt").exists()):
+            saved = read_gpt2(place)
+        else:
+            return None, None
+        model = GPT(Shape(**saved["shape"]))
+        biases = {name: x for name, x in model.state_dict().items() if name.endswith(".bias")}  # 0, if nanoGPT has none
+        model.load_state_dict(biases | saved["model"])
+    except vpd.BadInput:
+        raise
+    except Exception as error:  # torch.load raises almost anything on a file that is not its own
+        raise vpd.BadInput(f"{place} holds no model that can be read: {error!r:.300}: fetch it again") from error
     return model, saved["record"]
 
 def write(file: Path, text: str) -> None:
@@ -375,7 +359,7 @@ def train_target(run: Run, seed: int) -> dict:
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
     generator = torch.Generator()
     validation = validation_batches(run.ids, preset, run.device)
-    record = {"curve": [], "seconds": 0.0}
+    record = {"curve": [(0, validation_loss(model, validation, bf16))], "seconds": 0.0}
     unfinished = run.folder / "target_unfinished.pt"
     first = 0
     if unfinished.exists():
@@ -384,8 +368,6 @@ def train_target(run: Run, seed: int) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
         record = state["record"]
-    else:
-        record["curve"].append((0, validation_loss(model, validation, bf16)))
     start = time.monotonic() - record["seconds"]
     saved = record["seconds"]
     for step in range(first + 1, steps + 1):
@@ -423,13 +405,11 @@ def train_target(run: Run, seed: int) -> dict:
 
 GPT2_NAMES = {"wte": "tokens", "wpe": "positions", "ln_f": "norm", "ln_1": "norm_attn", "ln_2": "norm_mlp",
               "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}  # Hugging Face's names -> ours
-GPT2_CONFIG = {"n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
-               "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # fmt: skip
+GPT2_CONFIG = {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False}  # others are refused
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file: 8 bytes, a length; a header so long, JSON; tensors. Raises BadInput."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     short = f"{file} is not whole, but half a download or a pointer of git-lfs: fetch it again"
@@ -445,30 +425,27 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def read_gpt2(folder: Path) -> dict:
     """A GPT-2 of any size, as downloaded, or nanoGPT's ckpt.pt (with GPT-2's GELU), as `save_target` saves a target:
-    {"shape": sizes, "model": {name in `GPT`: weights}, "record"}. Raises BadInput if there is no such thing."""
-    try:
-        if (folder / "ckpt.pt").exists():
-            saved = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
-            config = saved["model_args"]
-            given = saved["model"]
-        else:
-            config = json.loads(read_text(folder / "config.json"))
-            given = collections.ChainMap(*map(read_safetensors, folder.glob("model*.safetensors")))  # one, or shards
-        given = {re.sub(r"^((_orig_mod|module|transformer)\.)+", "", name): x.float() for name, x in given.items()}
-        given = {"wte.weight": given.get("lm_head.weight")} | given  # files may hold the one, the other or both
-        context, width = given["wpe.weight"].shape
-        config = GPT2_CONFIG | config  # which is silent about what is usual
-        shape = {"layers": config["n_layer"], "width": width, "heads": config["n_head"], "context": context,
-                 "vocabulary": len(given["wte.weight"]), "epsilon": config["layer_norm_epsilon"]}  # fmt: skip
-        transposed = given["h.0.attn.c_attn.weight"].shape[0] == width  # Hugging Face's Conv1D stores (d_in, d_out)
-    except Exception as error:
-        raise vpd.BadInput(f"{folder} holds no GPT-2 that can be read: {error!r:.300}") from error
+    {"shape": sizes, "model": {name in `GPT`: weights}, "record"}. Raises BadInput if it computes otherwise than `GPT`,
+    and almost any other error if a file is damaged."""
+    if (folder / "ckpt.pt").exists():
+        saved = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
+        config = saved["model_args"]
+        given = saved["model"]
+    else:
+        config = json.loads(read_text(folder / "config.json"))
+        given = collections.ChainMap(*map(read_safetensors, folder.glob("model*.safetensors")))  # one, or shards
     for name, usual in GPT2_CONFIG.items():
-        x = config[name]
-        fits = x > 0 if type(x) in (int, float) else x in (usual, "gelu_pytorch_tanh")  # gelu_new's other name
-        fits &= type(x) is type(usual)
+        x = config.get(name, usual)  # it may be silent about what is usual
+        fits = x in (usual, "gelu_pytorch_tanh")  # gelu_new's other name
         vpd.reject_if(not fits, f"{folder}: its config has {name} = {x!r}, GPT-2 has {usual!r}: give one like it")
-    vpd.reject_if(width % config["n_head"], f"{folder}: n_head = {config['n_head']} does not divide {width}: mend it")
+    given = {re.sub(r"^((_orig_mod|module|transformer)\.)+", "", name): x.float() for name, x in given.items()}
+    given = {"wte.weight": given.get("lm_head.weight")} | given  # files may hold the one, the other or both
+    context, width = given["wpe.weight"].shape
+    heads = config["n_head"]
+    vpd.reject_if(width % heads, f"{folder}: n_head = {heads} does not divide {width}: mend it")
+    shape = {"layers": config["n_layer"], "width": width, "heads": heads, "context": context,
+             "vocabulary": len(given["wte.weight"]), "epsilon": config.get("layer_norm_epsilon", 1e-5)}  # fmt: skip
+    transposed = given["h.0.attn.c_attn.weight"].shape[0] == width  # Hugging Face's Conv1D stores (d_in, d_out)
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.reject_if(not tied, f"{folder}: lm_head.weight is not wte.weight; give a GPT-2 where they are the same")
     state = {}
@@ -513,10 +490,8 @@ def load_corpus(data: str, vocabulary: int, place: Path | None) -> tuple[np.ndar
         tokenizer = gpt2_tokenizer(place)
     elif place and (place / "tokenizer.json").exists() and (place / "settings.json").exists():
         tokenizer = Tokenizer(**json.loads((place / "tokenizer.json").read_text()))
-    tokens = len(tokenizer.bytes) if tokenizer else 0
     if data.endswith(".bin"):
-        return read_bin(Path(data)), tokenizer if tokens <= vocabulary else None  # None: it is another model's
-    vpd.reject_if(tokens > vocabulary, f"the tokenizer has {tokens} tokens, but the model {vocabulary}: give its own")
+        return read_bin(Path(data)), tokenizer
     if place and (place / "tokens.npy").exists():
         return np.load(place / "tokens.npy", mmap_mode="r"), tokenizer
     text = read_text(Path(data)) if data else standard_library()
@@ -524,20 +499,6 @@ def load_corpus(data: str, vocabulary: int, place: Path | None) -> tuple[np.ndar
         vpd.reject_if(place, f"{place} lacks vocab.json and merges.txt of a GPT-2: give --data FILE.bin")
         tokenizer = Tokenizer.learn(text, vocabulary)
     return tokenizer.encode(text), tokenizer
-
-def fit_preset(settings: dict, model: GPT) -> tuple[Preset, dict[str, int], vpd.Config]:
-    """The preset with the settings of the run, for this target; C and the settings of its decomposition. Raises
-    BadInput if the batch does not divide over the processes."""
-    preset = PRESETS[settings["preset"]]
-    batch = settings["batch"] or preset.batch
-    n = vpd.world_size()
-    vpd.reject_if(batch % n, f"a batch of {batch} does not divide over {n} processes: choose another number")
-    shape = replace(model.shape, context=min(model.shape.context, preset.shape.context))
-    C = subcomponents(model, settings["C"])
-    config = vpd.sequence_config(model, C, **preset.settings | {"seed": settings["seed"]})
-    steps = settings["steps"] or config.steps
-    warm_up = min(config.faithfulness_steps, steps)  # never longer than the training
-    return replace(preset, shape=shape, batch=batch), C, replace(config, steps=steps, faithfulness_steps=warm_up)
 
 INPUTS = {"target.pt", "tokenizer.json", "tokens.npy", "settings.json", "run.lock"}  # there before the first stage
 
@@ -556,29 +517,35 @@ def save_inputs(run: Run) -> None:
 def prepare_run(settings: dict, folder: Path, device: str) -> Run:
     """A run before its stages: what its folder holds is loaded, or else what --init-from holds, or made anew. Raises
     BadInput, and leaves no folder behind, if the settings cannot serve."""
+    preset = PRESETS[settings["preset"]]
+    begun = (folder / "settings.json").exists()
     source = Path(settings["init_from"]) if settings["init_from"] else None
-    place = folder if (folder / "settings.json").exists() else source
+    place = folder if begun else source
     model, record = load_target(place)
-    if source and not model:  # its copy in the folder of the run was deleted
-        model, record = load_target(source)
-        vpd.reject_if(not model, f"{folder} lacks its target.pt, and {source} has none: choose another --out")
-    shape = model.shape if model else PRESETS[settings["preset"]].shape
+    vpd.reject_if(source and not model, f"{place} is no run with a finished target, and no GPT-2: give another folder")
+    shape = model.shape if model else preset.shape
     ids, tokenizer = load_corpus(settings["data"], shape.vocabulary, place)
-    if settings["data"].endswith(".bin") and not (model and place == folder):  # else it was checked before
-        largest = int(ids.max())
-        wrong = f"{settings['data']} holds the token id {largest}, but the target's vocabulary has {shape.vocabulary}"
-        way_out = "give ids of its own tokenizer, or leave out --init-from to train a target on these"
-        vpd.reject_if(model and largest >= shape.vocabulary, f"{wrong}: {way_out}")
-        shape = replace(shape, vocabulary=64 * (largest // 64 + 1))
     if not model:
-        if vpd.rank() == 0:
-            print(f"the target's embedding has {shape.vocabulary} tokens", file=sys.stderr)
+        if settings["data"].endswith(".bin"):
+            shape = replace(shape, vocabulary=64 * (int(ids.max()) // 64 + 1))
         torch.manual_seed(settings["seed"])
         model = GPT(shape)
-    preset, C, config = fit_preset(settings, model)
-    windows(len(ids), preset.shape.context, True)  # raises if the corpus is too short
+    elif not begun:
+        wrong = f"the corpus has the token id {ids.max()}, but the target's vocabulary has {shape.vocabulary}"
+        vpd.reject_if(ids.max() >= shape.vocabulary, f"{wrong}: give ids of its own tokenizer")
+    batch = settings["batch"] or preset.batch
+    n = vpd.world_size()
+    vpd.reject_if(batch % n, f"a batch of {batch} does not divide over {n} processes: choose another number")
+    shape = replace(shape, context=min(shape.context, preset.shape.context))
+    preset = replace(preset, shape=shape, batch=batch)
+    sample(ids, shape.context, 1, True, torch.Generator())  # raises if the corpus is too short
+    C = subcomponents(model, settings["C"])
+    config = vpd.sequence_config(model, C, **preset.settings | {"seed": settings["seed"]})
+    steps = settings["steps"] or config.steps
+    warm_up = min(config.faithfulness_steps, steps)  # never longer than the training
+    config = replace(config, steps=steps, faithfulness_steps=warm_up)
     run = Run(folder, settings, preset, C, config, model.to(device).eval(), ids, tokenizer, record, None, device)
-    if place != folder:
+    if not begun:
         save_inputs(run)
     return run
 
@@ -587,8 +554,6 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
     SETTINGS. Raises BadInput: see `prepare_run`."""
     with vpd.rank_0_first():  # the others load what process 0 has saved
         run = prepare_run(settings, folder, device)
-    if run.record and vpd.rank() == 0:
-        (folder / "target_unfinished.pt").unlink(missing_ok=True)  # a kill came just before this
     if not run.record:
         run.record = train_target(run, settings["seed"])
     preset = run.preset
@@ -597,7 +562,8 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         run.decomposition = vpd.load_decomposition(out, device)
         return run
     get_batch = functools.partial(sample, run.ids, preset.shape.context, preset.batch // vpd.world_size(), False)
-    look = functools.partial(validate, run.model, validation_batches(run.ids, preset, device, SOME))
+    some = validation_batches(run.ids, preset, device)[: max(1, SOME // (WINDOWS * preset.shape.context))]
+    look = functools.partial(validate, run.model, some)
     run.decomposition = vpd.decompose(run.model, run.C, get_batch, vpd.kl, run.config, out,
                                       checkpoint_seconds=CHECKPOINT_SECONDS, validate=look)  # fmt: skip
     return run
@@ -607,21 +573,11 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
     return open_run(choose_settings({}, Path(folder), reads=True), Path(folder), device)
 
 # ---- The evaluation, stage 3 ----------------------------------------------------------------------------------------
-@torch.no_grad()
 def validate(model: GPT, batches: list[Tensor], decomposition: vpd.Decomposition) -> dict[str, float]:
-    """How good a decomposition is by now, on a few validation batches: KL, L0 and alive, for the log."""
-    values = collections.defaultdict(float)
-    importances = []
-    for batch in batches:
-        target, g = vpd.predict_importances(model, decomposition, batch)
-        importances.append(g)
-        for name, masks in vpd.evaluation_masks(g, torch.Generator(batch.device).manual_seed(0)):
-            if name in ("stochastic", "rounded at 0"):
-                with vpd.precision(batch.device, decomposition.bf16):
-                    output = vpd.masked_forward(model, decomposition.U, decomposition.V, masks, batch)
-                values[f"KL {name}"] += vpd.kl(target, output).item() / len(batches)
-    counts = vpd.total_counts(vpd.count_subcomponents(importances))
-    return {f"validation {name}": x for name, x in (dict(values) | counts).items() if name != "C"}
+    """How good a decomposition is by now, on a few validation batches, for the log."""
+    figures = vpd.evaluate(model, decomposition, batches, vpd.kl, attack_steps=0)["figures"]
+    names = ("divergence, stochastic", "divergence, rounded at 0", "alive", "L0", "L0 above 0.1")
+    return {f"validation {name}": figures[name] for name in names}
 
 def compute_recovered(curve: list, ce: float) -> float:
     """The share of its training at which the target itself first had this validation cross-entropy ([VPD] section 6).
@@ -738,7 +694,7 @@ def clearness(tokens: Tensor, usual: Tensor, fires: Tensor) -> float:
 @torch.enable_grad()
 def flows(of: Reading, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
     """How much subcomponents (path, c) add directly to each other's activation, summed over where the target fires
-    ([VPD]'s dataset-aggregated attributions): {name: {"sources": [(sum, name)], "targets"}}, the 5 strongest each."""
+    ([VPD]'s dataset-aggregated attributions): {name: {"sources": [(sum, name)], "targets"}}, the strongest first."""
     U = of.decomposition.U
     total = collections.defaultdict(float)  # (path of the source, name of the target) -> (C,)
     some = SOME * 12 // len(U) // of.batches[0].numel()  # SOME for 12 matrices; for more matrices less text
@@ -751,17 +707,16 @@ def flows(of: Reading, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
                 value = activations[path][..., c][fires].sum()
                 for source_path, x in vpd.attributions(value, of.decomposition, g, activations, writes).items():
                     total[source_path, f"{path}:{c}"] += x[..., :-1].sum((0, 1))
-    strongest = {f"{path}:{c}": {"sources": [], "targets": []} for path, c in subcomponents}
+    edges = []
     for (source_path, target), x in total.items():
         for c in x.abs().topk(min(20, len(x))).indices.tolist():
-            source = f"{source_path}:{c}"
-            if source in strongest and x[c] != 0:  # some are not on the page
-                strongest[target]["sources"].append((x[c].item(), source))
-                strongest[source]["targets"].append((x[c].item(), target))
-    for sides in strongest.values():
-        for edges in sides.values():
-            edges.sort(key=lambda edge: -abs(edge[0]))
-            del edges[5:]
+            edges.append((x[c].item(), f"{source_path}:{c}", target))
+    edges.sort(key=lambda edge: -abs(edge[0]))
+    strongest = {f"{path}:{c}": {"sources": [], "targets": []} for path, c in subcomponents}
+    for x, source, target in edges:
+        if source in strongest and x != 0:  # some are not on the page
+            strongest[target]["sources"].append((x, source))
+            strongest[source]["targets"].append((x, target))
     return strongest
 
 def code(of: Reading, *tokens: int) -> str:
@@ -794,7 +749,7 @@ def entry(of: Reading, path: str, c: int, side: str, seen: tuple, raised: Tensor
         facts["raises"] = " ".join(code(of, token) for token in raised.topk(6).indices.tolist())
         facts["lowers"] = " ".join(code(of, token) for token in raised.neg().topk(6).indices.tolist())
     for end, others in edges.items():
-        facts[end] = ", ".join(f'<a href="#{name}">{name}</a> {x:.2g}' for x, name in others) or "none"
+        facts[end] = ", ".join(f'<a href="#{name}">{name}</a> {x:.2g}' for x, name in others[:5]) or "none"
     rows = "".join(f"<dt>{title}<dd>{fact}" for title, fact in facts.items())
     lines = examples(of, ids, g[path][..., c], fires)
     inside = f'<div id="{path}:{c}"><dl>{rows}</dl>{lines}</div>'  # the anchor is inside: a link to it opens the entry
@@ -848,25 +803,22 @@ def report(of: Reading, file: str | Path, prompts: list[Tensor] = ()) -> str:
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>The parts of a language model</title><style>
-:root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --soft: light-dark(#6d6a65, #a09d98);
-  --line: light-dark(#e8e5df, #363532) }
-body { font: 17px/1.6 Charter, Georgia, serif; max-width: 46rem; margin: 4rem auto; padding: 0 1rem;
-  color: var(--ink); background: light-dark(#fffefb, #1b1b1a); overflow-wrap: break-word }
-h1, h2, th, b, i { font-weight: normal; font-style: normal } dd span { margin-right: .8rem }
-h1, h2 { line-height: 1.2 } h2 { margin: 3.5rem 0 1rem } h2 code { font-size: 1.2rem }
-a { color: light-dark(#1d4f91, #8db8ee); text-decoration: none } a:hover { text-decoration: underline }
-table, dd, summary { font-variant-numeric: tabular-nums; border-collapse: collapse }
+:root { --ink: #222; --soft: #6d6a65; --line: #e8e5df; color: var(--ink); background: #fffefb }
+body { font: 17px/1.6 Charter, Georgia, serif; max-width: 46rem; margin: 4rem auto; padding: 0 1rem; overflow-wrap: break-word }
+h1, h2, th, b, i { font-weight: normal; font-style: normal; line-height: 1.2 } h2 { margin: 3.5rem 0 1rem }
+a { color: #1d4f91; text-decoration: none } th, summary, dt, i { color: var(--soft) }
+table { border-collapse: collapse } dd span, b { margin-right: .8rem } b { color: var(--ink) }
 th, td { text-align: right; padding: .15rem 0 .15rem 1.5rem; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left; padding-left: 0 } th, summary, dt, i { color: var(--soft) }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
 code { font: .8rem/1.7 ui-monospace, Menlo, monospace; white-space: pre-wrap }
 dl code, summary code { display: inline-block; max-width: 8em; overflow: hidden; vertical-align: middle;
   white-space: pre; background: var(--line); color: var(--ink); border-radius: 3px; padding: 0 3px; line-height: 1.4 }
-details { border-top: 1px solid var(--line) } details[open] { padding-bottom: 2rem } div { scroll-margin-top: 3rem }
-summary { cursor: pointer; padding: .35rem 0; font-size: .9rem } b { color: var(--ink); margin-right: 1rem }
-dl { display: grid; grid-template-columns: 4.5rem 1fr; gap: .1rem 1rem; font-size: .9rem } dd { margin: 0 }
+details { border-top: 1px solid var(--line) } summary, dl { font-size: .9rem }
+summary { cursor: pointer; padding: .35rem 0 } dd { margin: 0 }
+dl { display: grid; grid-template-columns: 4.5rem 1fr; gap: .1rem 1rem }
 details p { display: grid; grid-template-columns: 2fr 3fr; margin: 0 } details p code { white-space: pre }
 p span { overflow: hidden; white-space: nowrap } p span:first-child { text-align: right; direction: rtl }
-mark { background: color-mix(in srgb, light-dark(#ff9a1f, #a85d00) var(--g), transparent); color: inherit }
+mark { background: color-mix(in srgb, #ff9a1f var(--g), transparent) }
 </style><h1>The parts of a language model</h1>
 <p>Every weight matrix of this model was written as a sum of <em>parts</em>, each of which reads one direction and
 writes one. A part <em>fires</em> at a token where the prediction needs it (its causal importance exceeds 0.1); the
@@ -880,12 +832,6 @@ ROWS</table>
 COST = 2e-3  # of a node while pruning, in nats of cross-entropy
 PRUNINGS = {  # whether masks are random while pruning, and whether an adversary chooses them
     "importances alone": (False, False), "stochastic": (True, False), "stochastic and adversarial": (True, True)}
-
-def one_token(run: Run, text: str) -> int:
-    """The id of a text that is one token. Raises BadInput, with its tokens, if it is more than one."""
-    ids = encoded(run, text)[0].tolist()
-    vpd.reject_if(len(ids) > 1, f"{text!r} is not one token but {[run.tokenizer.decode([i]) for i in ids]}: give one")
-    return ids[0]
 
 def judge(of: Reading, ids: Tensor, target: Tensor, g: dict[str, Tensor], loss, movable: Tensor) -> dict[str, float]:
     """How many nodes importances g keep, and the loss (logits -> scalar) of the prediction: with g as masks, with those
@@ -947,19 +893,24 @@ def draw_circuit(of: Reading, result: dict, file: Path) -> None:
 
 def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
     """For every prompt circuit.json and circuit.png (numbered from the second on), of `circuit` and its graph.
-    Returns tables of the prunings. Raises BadInput: see `encoded`, `one_token`."""
-    for prompt in prompts:
-        encoded(run, prompt)  # refuses what cannot serve before anything is computed
+    Returns tables of the prunings. Raises BadInput if the token is more than one; see `encoded`."""
+    inputs = [encoded(run, prompt) for prompt in prompts]
+    token = None
+    if token_text is not None:
+        tokens = [run.tokenizer.decode([i]) for i in encoded(run, token_text)[0]]
+        vpd.reject_if(len(tokens) > 1, f"{token_text!r} is not one token but {tokens}: give one")
+        token = encoded(run, token_text).item()
     of = reading(run)
     lines = []
-    for number, prompt in vpd.with_progress(enumerate(prompts, 1), "circuits"):
-        token = None if token_text is None else one_token(run, token_text)
-        result = circuit(of, encoded(run, prompt), token)
+    for number, ids in vpd.with_progress(enumerate(inputs, 1), "circuits"):
+        result = circuit(of, ids, token)
         file = run.folder / ("circuit" if number == 1 else f"circuit_{number}")
         write(file.with_suffix(".json"), json.dumps(result))
         draw_circuit(of, result, file.with_suffix(".png"))
-        token = run.tokenizer.decode([result["token"]])
-        lines.append(f"{prompt!r}, then {token!r}: cross-entropy of the target {result['target']:.3f}; after pruning")
+        prompt = of.decode(result["ids"])
+        predicted = of.decode([result["token"]])
+        target = f"cross-entropy of the target {result['target']:.3f}"
+        lines.append(f"{prompt!r}, then {predicted!r}: {target}; after pruning")
         lines.append(" " * 27 + "".join(f"{column:>12s}" for column in result["prunings"]["not pruned"]))
         for name, judged in result["prunings"].items():
             lines.append(f"{name:27s}" + "".join(f"{x:12.4g}" for x in judged.values()))
@@ -969,8 +920,8 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
 def choose_settings(given: dict, folder: Path, reads: bool = False) -> dict:
     """The settings of the run in the folder, or of a new one. given: those on the command line. Raises BadInput if they
     cannot serve, or if the folder holds something else than is asked for."""
-    unfinished = f"{folder} holds no finished decomposition: make one, or give its folder with --out"
-    vpd.reject_if(reads and not (folder / "metrics.json").exists(), unfinished)
+    finished = (folder / "metrics.json").exists()
+    vpd.reject_if(reads and not finished, f"{folder} holds no finished decomposition: give the folder of one to --out")
     limits = {"seed": (0, 10**9 - 1), "steps": (1, 10**9), "batch": (1, 10**6), "C": (0.001, 100)}
     for name, (least, most) in limits.items():
         value = given.get(name, least)
@@ -978,26 +929,22 @@ def choose_settings(given: dict, folder: Path, reads: bool = False) -> dict:
     for name in {"data", "init_from"} & given.keys():  # the command may be repeated from another folder
         given[name] = str(Path(given[name]).expanduser().resolve())
     settings = given if reads else SETTINGS | given
-    source = Path(given.get("init_from", ""))
-    begun = (folder / "settings.json").exists()
-    is_gpt2 = (source / "config.json").exists() or (source / "ckpt.pt").exists()
-    if "init_from" in given and not begun and not is_gpt2:
-        complete = (source / "settings.json").exists() and (source / "target.pt").exists()
-        vpd.reject_if(not complete, f"{source} is no run with a finished target: give the folder of one, or a GPT-2")
+    source = Path(given.get("init_from", folder)) / "settings.json"
+    if "init_from" in given and source.exists():
         brings = "a run given to --init-from brings its preset and data: leave out --preset and --data"
         vpd.reject_if({"preset", "data"} & given.keys(), brings)
-        of_source = json.loads((source / "settings.json").read_text())
+        of_source = json.loads(source.read_text())
         settings |= {"preset": of_source["preset"], "data": of_source["data"]}
-    if not begun:
-        inside = {file.name.removesuffix(".unfinished") for file in folder.iterdir()} if folder.is_dir() else set()
-        # a kill may have come while process 0 wrote its inputs; the others may find what it is just making there
-        taken = vpd.rank() == 0 and (folder.is_file() or inside - INPUTS)
-        vpd.reject_if(taken, f"{folder} holds something else than a run: choose another folder with --out")
-        return settings
-    own = json.loads((folder / "settings.json").read_text())
-    differ = ", ".join(f"--{name.replace('_', '-')}" for name in settings if settings[name] != own[name])
-    vpd.reject_if(differ, f"{folder} was made with another {differ}: give its own, or choose another --out")
-    return own
+    if (folder / "settings.json").exists():
+        own = json.loads((folder / "settings.json").read_text())
+        differ = ", ".join(f"--{name.replace('_', '-')}" for name in settings if settings[name] != own[name])
+        vpd.reject_if(differ, f"{folder} was made with another {differ}: give its own, or choose another --out")
+        return own
+    inside = {file.name.removesuffix(".unfinished") for file in folder.glob("*")}
+    # a kill may have come while process 0 wrote its inputs; the others may find what it is just making there
+    taken = vpd.rank() == 0 and inside - INPUTS
+    vpd.reject_if(taken, f"{folder} holds something else than a run: choose another folder with --out")
+    return settings
 
 def choose_precision(device: str) -> None:
     """On a CPU with AVX-512 bfloat16, let oneDNN multiply: on an AMD EPYC twice as fast, and still in float32. Not if
@@ -1057,8 +1004,7 @@ def command(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line; see the top of this file."""
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
     best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -1076,7 +1022,7 @@ def main() -> None:
     add("--token", help="with --circuit: the token to explain (default: what the target predicts)")
     try:
         command(parser.parse_args())
-    except (vpd.BadInput, OSError) as error:
+    except (vpd.BadInput, OSError, UnicodeError) as error:
         sys.exit(f"error: {error}")
 
 if __name__ == "__main__":

@@ -185,11 +185,13 @@ def test_another_decomposition_of_the_same_target_is_made_from_its_folder(run, t
     assert metrics["data"].endswith("text.txt")
     made = json.loads((half / "decomposition" / "run.json").read_text())["run"]
     assert made["steps"] == 3 and made["seed"] == 1
+    (half / "metrics.json").unlink()
+    command("--init-from", run.folder, "--C", "0.5", "--steps", "3", "--batch", "2", "--seed", "1", "--out", half)
     own = json.loads((run.folder / "metrics.json").read_text())["figures"]  # judged on the same text
     for name in ("loss of the target", "evaluated positions"):
         assert metrics["figures"][name] == own[name]
     (half / "target.pt").write_bytes(b"cut")
-    refused("target.pt is damaged", "--out", half, "--report")
+    refused("holds no model that can be read", "--out", half, "--report")
 
 BAD_QUESTIONS = [
     ("--circuit ''", "the model takes 1 to 16"),
