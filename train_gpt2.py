@@ -296,7 +296,7 @@ PRESETS = {
                   "w_frequency": 1e-4, "shrink": 0, "adversary_steps": 2, "adversary_lr": 0.01, "G_width": 2048,
                   "G_blocks": 8, "G_heads": 16, "G_activations": False, "bf16": True})}  # fmt: skip
 EVALUATED = 16_384  # positions of validation text
-SOME = 2048  # the first of them, for quick looks
+SOME = 2048  # the first of them, for attributions
 WINDOWS = 8  # in a batch of validation text
 CHECKPOINT_SECONDS = 60  # what a kill costs at most
 
@@ -334,7 +334,8 @@ def load_target(place: Path | None) -> tuple[GPT | None, dict | None]:
     except vpd.BadInput:
         raise
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
-        raise vpd.BadInput(f"{place} holds no model that can be read: {error!r:.300}: fetch it again") from error
+        advice = "get it again, whole and not as pointers of git-lfs"
+        raise vpd.BadInput(f"{place} holds no model that can be read ({error!r:.300}): {advice}") from error
     return model, saved["record"]
 
 def write(file: Path, text: str) -> None:
@@ -405,20 +406,16 @@ def train_target(run: Run, seed: int) -> dict:
 
 GPT2_NAMES = {"wte": "tokens", "wpe": "positions", "ln_f": "norm", "ln_1": "norm_attn", "ln_2": "norm_mlp",
               "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}  # Hugging Face's names -> ours
-GPT2_CONFIG = {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False}  # others are refused
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: 8 bytes, a length; a header so long, JSON; tensors. Raises BadInput."""
+    """The tensors of a .safetensors file: 8 bytes, a length; a header so long, JSON; tensors. Raises if it is cut."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
-    short = f"{file} is not whole, but half a download or a pointer of git-lfs: fetch it again"
-    vpd.reject_if(start > len(content), short)
     tensors = {}
     for name, entry in json.loads(content[8:start]).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            vpd.reject_if(start + end > len(content), short)
             raw = torch.frombuffer(bytearray(content[start + begin : start + end]), dtype=dtypes[entry["dtype"]])
             tensors[name] = raw.reshape(entry["shape"])
     return tensors
@@ -434,10 +431,9 @@ def read_gpt2(folder: Path) -> dict:
     else:
         config = json.loads(read_text(folder / "config.json"))
         given = collections.ChainMap(*map(read_safetensors, folder.glob("model*.safetensors")))  # one, or shards
-    for name, usual in GPT2_CONFIG.items():
-        x = config.get(name, usual)  # it may be silent about what is usual
-        fits = x in (usual, "gelu_pytorch_tanh")  # gelu_new's other name
-        vpd.reject_if(not fits, f"{folder}: its config has {name} = {x!r}, GPT-2 has {usual!r}: give one like it")
+    gelu = config.get("activation_function", "gelu_new") in ("gelu_new", "gelu_pytorch_tanh")  # one, by two names
+    other = not gelu or config.get("scale_attn_by_inverse_layer_idx")
+    vpd.reject_if(other, f"{folder}: its activation or its scale of attention is not GPT-2's: give one like GPT-2")
     given = {re.sub(r"^((_orig_mod|module|transformer)\.)+", "", name): x.float() for name, x in given.items()}
     given = {"wte.weight": given.get("lm_head.weight")} | given  # files may hold the one, the other or both
     context, width = given["wpe.weight"].shape
@@ -562,10 +558,7 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
         run.decomposition = vpd.load_decomposition(out, device)
         return run
     get_batch = functools.partial(sample, run.ids, preset.shape.context, preset.batch // vpd.world_size(), False)
-    some = validation_batches(run.ids, preset, device)[: max(1, SOME // (WINDOWS * preset.shape.context))]
-    look = functools.partial(validate, run.model, some)
-    run.decomposition = vpd.decompose(run.model, run.C, get_batch, vpd.kl, run.config, out,
-                                      checkpoint_seconds=CHECKPOINT_SECONDS, validate=look)  # fmt: skip
+    run.decomposition = vpd.decompose(run.model, run.C, get_batch, vpd.kl, run.config, out, CHECKPOINT_SECONDS)
     return run
 
 def load(folder: str | Path, device: str = "cpu") -> Run:
@@ -573,12 +566,6 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
     return open_run(choose_settings({}, Path(folder), reads=True), Path(folder), device)
 
 # ---- The evaluation, stage 3 ----------------------------------------------------------------------------------------
-def validate(model: GPT, batches: list[Tensor], decomposition: vpd.Decomposition) -> dict[str, float]:
-    """How good a decomposition is by now, on a few validation batches, for the log."""
-    figures = vpd.evaluate(model, decomposition, batches, vpd.kl, attack_steps=0)["figures"]
-    names = ("divergence, stochastic", "divergence, rounded at 0", "alive", "L0", "L0 above 0.1")
-    return {f"validation {name}": figures[name] for name in names}
-
 def compute_recovered(curve: list, ce: float) -> float:
     """The share of its training at which the target itself first had this validation cross-entropy ([VPD] section 6).
     Between the points of the curve [(step, cross-entropy), ...] linearly; 0 if it began as good, 1 if it never was."""
@@ -803,22 +790,25 @@ def report(of: Reading, file: str | Path, prompts: list[Tensor] = ()) -> str:
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>The parts of a language model</title><style>
-:root { --ink: #222; --soft: #6d6a65; --line: #e8e5df; color: var(--ink); background: #fffefb }
-body { font: 17px/1.6 Charter, Georgia, serif; max-width: 46rem; margin: 4rem auto; padding: 0 1rem; overflow-wrap: break-word }
-h1, h2, th, b, i { font-weight: normal; font-style: normal; line-height: 1.2 } h2 { margin: 3.5rem 0 1rem }
-a { color: #1d4f91; text-decoration: none } th, summary, dt, i { color: var(--soft) }
-table { border-collapse: collapse } dd span, b { margin-right: .8rem } b { color: var(--ink) }
+:root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --soft: light-dark(#6d6a65, #a09d98);
+  --line: light-dark(#e8e5df, #363532) }
+body { font: 17px/1.6 Charter, Georgia, serif; max-width: 46rem; margin: 4rem auto; padding: 0 1rem;
+  color: var(--ink); background: light-dark(#fffefb, #1b1b1a); overflow-wrap: break-word }
+h1, h2, th, b, i { font-weight: normal; font-style: normal } dd span { margin-right: .8rem }
+h1, h2 { line-height: 1.2 } h2 { margin: 3.5rem 0 1rem } h2 code { font-size: 1.2rem }
+a { color: light-dark(#1d4f91, #8db8ee); text-decoration: none } a:hover { text-decoration: underline }
+table, dd, summary { font-variant-numeric: tabular-nums; border-collapse: collapse }
 th, td { text-align: right; padding: .15rem 0 .15rem 1.5rem; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
+th:first-child, td:first-child { text-align: left; padding-left: 0 } th, summary, dt, i { color: var(--soft) }
 code { font: .8rem/1.7 ui-monospace, Menlo, monospace; white-space: pre-wrap }
 dl code, summary code { display: inline-block; max-width: 8em; overflow: hidden; vertical-align: middle;
   white-space: pre; background: var(--line); color: var(--ink); border-radius: 3px; padding: 0 3px; line-height: 1.4 }
-details { border-top: 1px solid var(--line) } summary, dl { font-size: .9rem }
-summary { cursor: pointer; padding: .35rem 0 } dd { margin: 0 }
-dl { display: grid; grid-template-columns: 4.5rem 1fr; gap: .1rem 1rem }
+details { border-top: 1px solid var(--line) } details[open] { padding-bottom: 2rem } div { scroll-margin-top: 3rem }
+summary { cursor: pointer; padding: .35rem 0; font-size: .9rem } b { color: var(--ink); margin-right: 1rem }
+dl { display: grid; grid-template-columns: 4.5rem 1fr; gap: .1rem 1rem; font-size: .9rem } dd { margin: 0 }
 details p { display: grid; grid-template-columns: 2fr 3fr; margin: 0 } details p code { white-space: pre }
 p span { overflow: hidden; white-space: nowrap } p span:first-child { text-align: right; direction: rtl }
-mark { background: color-mix(in srgb, #ff9a1f var(--g), transparent) }
+mark { background: color-mix(in srgb, light-dark(#ff9a1f, #a85d00) var(--g), transparent); color: inherit }
 </style><h1>The parts of a language model</h1>
 <p>Every weight matrix of this model was written as a sum of <em>parts</em>, each of which reads one direction and
 writes one. A part <em>fires</em> at a token where the prediction needs it (its causal importance exceeds 0.1); the
@@ -1004,7 +994,8 @@ def command(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line; see the top of this file."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
     best_device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -571,7 +571,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
 @torch.enable_grad()
 def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Generator], Tensor],
               divergence: Divergence, config: Config = Config(), out: str | Path | None = None,
-              checkpoint_seconds: float = 60, validate: Callable | None = None) -> Decomposition:  # fmt: skip
+              checkpoint_seconds: float = 60) -> Decomposition:  # fmt: skip
     """Decompose the `nn.Linear`s named by the keys of C into C[path] subcomponents each.
 
     model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
@@ -582,7 +582,6 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
     out: a folder (section 10) for run.json, log.jsonl, and every `checkpoint_seconds` and at the end checkpoint.pt. If
         it holds a run of the same settings and target, that run goes on from its checkpoint, and on CPU, with equal
         threads and version of torch, ends bit for bit as if it had never stopped. A finished run is loaded.
-    validate(decomposition): figures {name: number} for log.jsonl, asked for every tenth of the run.
     Raises BadInput: see `check_target`, `own_folder`, `write_settings`, `load_checkpoint`; if batches differ in shape,
     or a loss is not finite."""
     first = get_batch(torch.Generator().manual_seed(config.seed))
@@ -605,11 +604,8 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
             reject_if(batch.shape != first.shape, f"{differs}: give batches of one shape")
             values = training_step(model, batch.to(device), divergence, training, config)
             training.seconds = time.monotonic() - start
+            log_step(values, training, config, folder)
             last = training.step == config.steps
-            look = last or training.step % max(1, config.steps // 10) == 0
-            if validate and look and rank() == 0:
-                values |= validate(training.decomposition)
-            log_step(values, training, config, folder, look)
             due = torch.tensor(float(last or training.seconds - saved > checkpoint_seconds), device=device)
             broadcast([due])  # all processes save when the first does
             if folder and due:
@@ -1171,11 +1167,11 @@ def with_progress(items: Iterable, what: str) -> Iterator:
             line = f"{what}: {number}/{len(items)}  {spent / number * (len(items) - number):.0f} s left"
             progress(line, number == len(items) or number % max(1, len(items) // 4) == 0)
 
-def log_step(values: dict[str, float], training: Training, config: Config, folder: Path | None, look: bool) -> None:
+def log_step(values: dict[str, float], training: Training, config: Config, folder: Path | None) -> None:
     """Now and then a line of progress, with the time left; the same numbers, in full, go to log.jsonl."""
     step = training.step
     often = max(1, config.steps // 200)
-    if rank() > 0 or not (look or step % often == 0):
+    if rank() > 0 or (step % often and step < config.steps):
         return
     rate = step / training.seconds
     line = f"step {step}/{config.steps}  {(config.steps - step) / rate:.0f} s left  {rate:.3g} steps/s"
@@ -1194,10 +1190,9 @@ def draw_run(metrics: dict, log: Path, file: Path) -> None:
     figure = Figure(figsize=(15, max(4, 0.2 * len(metrics["matrices"]))), layout="constrained")  # as high as its legend
     left, right = figure.subplots(1, 2)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    for name in rows[-1]:  # validation figures, too: the last step has them
+    for name in rows[0]:
         if name not in ("step", "seconds", "gradient of U and V", "gradient of G"):
-            logged = [row for row in rows if name in row]
-            left.plot([row["step"] for row in logged], [row[name] for row in logged], label=name.replace("_", " "))
+            left.plot([row["step"] for row in rows], [row[name] for row in rows], label=name.replace("_", " "))
     for n, (path, matrix) in enumerate(metrics["matrices"].items()):
         mean = [max(x, 1e-8) for x in sorted(matrix["mean_importance"], reverse=True)]
         label = f"{path}: {matrix['alive']} alive of {matrix['C']}"

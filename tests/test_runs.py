@@ -27,9 +27,9 @@ def net():
     torch.manual_seed(0)
     return Net().eval()
 
-def decompose_net(out, config=SHORT, model=None, sizes=C, get_batch=batches, divergence=vpd.mse, validate=None):
+def decompose_net(out, config=SHORT, model=None, sizes=C, get_batch=batches, divergence=vpd.mse):
     """The run that the tests kill, resume and spoil. A checkpoint after every step."""
-    return vpd.decompose(model or net(), sizes, get_batch, divergence, config, out, 0, validate)
+    return vpd.decompose(model or net(), sizes, get_batch, divergence, config, out, 0)
 
 def saved(folder):
     """The checkpoint. If it were half-written, it would fail to load here."""
@@ -40,20 +40,6 @@ def refused(message, folder, **arguments):
     with pytest.raises(vpd.BadInput, match=message) as error:
         decompose_net(folder, **arguments)
     assert "\n" not in str(error.value)
-
-def test_a_look_every_tenth_of_a_run_is_logged_and_changes_nothing(tmp_path):
-    config = dataclasses.replace(CONFIG, steps=27)
-    looks = []
-    def validate(decomposition):
-        looks.append(decomposition.U["first"].norm().item())
-        torch.rand(3)  # what it draws is not the run's
-        return {"norm": looks[-1]}
-    plain = decompose_net(tmp_path / "plain", config)
-    seen = decompose_net(tmp_path / "seen", config, validate=validate)
-    assert same(plain.U, seen.U) and same(plain.G.state_dict(), seen.G.state_dict())
-    lines = [line for line in logged(tmp_path / "seen") if "norm" in line]
-    assert [line["norm"] for line in lines] == looks
-    assert [line["step"] for line in lines] == [*range(2, 28, 2), 27]  # every 27 // 10 steps, and last
 
 def run_that_dies(folder, config, draw=None, save=None):
     """The run, which kills itself when it draws a batch the so-many-th time, or in the midst of its so-many-th save."""
