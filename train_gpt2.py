@@ -537,9 +537,7 @@ def prepare_run(settings: dict, folder: Path, device: str) -> Run:
     sample(ids, shape.context, 1, True, torch.Generator())  # raises if the corpus is too short
     C = subcomponents(model, settings["C"])
     config = vpd.sequence_config(model, C, **preset.settings | {"seed": settings["seed"]})
-    steps = settings["steps"] or config.steps
-    warm_up = min(config.faithfulness_steps, steps)  # never longer than the training
-    config = replace(config, steps=steps, faithfulness_steps=warm_up)
+    config = replace(config, steps=settings["steps"] or config.steps)
     run = Run(folder, settings, preset, C, config, model.to(device).eval(), ids, tokenizer, record, None, device)
     if not begun:
         save_inputs(run)

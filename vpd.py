@@ -398,7 +398,6 @@ class Config:
     muon: float = 1.0  # [0] U and V step by Muon with muon * lr; 0: by AdamW with lr; ours: laptop L0 84, not 107
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
-    faithfulness_steps: int = 400  # [400] of U and V alone, on loss 5, before the training (`fit_weights`)
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: it can explode as p falls below 1 (toys: never did)
     w_stochastic: float = 0.5  # [0.5] the weights of the five losses
@@ -454,24 +453,38 @@ class Training:
     step: int = 0  # steps taken
     seconds: float = 0.0  # spent so far
 
+def split(W: Tensor, C: int) -> tuple[Tensor, Tensor]:
+    """U (C, d_out) and V (d_in, C) whose subcomponents add up to W (d_out, d_in), if C is at least d = min(d_in, d_out).
+    In the space of fewer dimensions they are random directions of length 1, a tight frame: Q^T Q = 1. What each writes
+    or reads on the other side follows from W. ours: [VPD] starts at random, and fits U and V to W for 400 steps."""
+    d_out, d_in = W.shape
+    d = min(d_in, d_out)
+    Q = nn.init.orthogonal_(torch.empty(C, d))
+    length = max(1, C / d) ** 0.5
+    if d_in <= d_out:
+        return Q @ W.T / length, length * Q.T
+    return length * Q, (Q @ W).T / length
+
 def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config, process: int = 0) -> Training:
-    """A run at step 0 ([VPD] section 5): V ~ N(0, 1/d_in), U ~ N(0, 1/C), sources ~ U(0, 1) for batches like this one;
-    for one seed equal on every device. process: the number of this one, where several train together. U, V and G are
-    equal in all of them, sources, data and noise are not. G: a transformer for sequences, else MLPs."""
-    weights = {path: model.get_submodule(path).weight for path in C}  # (d_out, d_in)
-    device = next(iter(weights.values())).device
+    """A run at step 0: U and V of `split`, sources ~ U(0, 1) for batches like this one; for one seed equal on every
+    device, but for the last digits. process: the number of this one, where several train together. U, V and G are equal
+    in all of them, sources, data and noise are not. G: a transformer for sequences, else MLPs."""
+    device = model.get_submodule(next(iter(C))).weight.device
     _, inputs = forward_with_inputs(model, C, batch.to(device))
     positions = next(iter(inputs.values())).shape[:-1]
     with torch.random.fork_rng(devices=[]):  # leaves the user's random state as it was
         torch.default_generator.manual_seed(config.seed)  # the CPU's alone; torch.manual_seed would seed every device
-        V = {path: torch.randn(W.shape[1], C[path]) / W.shape[1] ** 0.5 for path, W in weights.items()}
-        U = {path: torch.randn(C[path], W.shape[0]) / C[path] ** 0.5 for path, W in weights.items()}
+        U = {}
+        V = {}
+        for path, number in C.items():
+            U[path], V[path] = split(model.get_submodule(path).weight.detach().cpu(), number)
         function = ImportanceTransformer if len(positions) == 2 else ImportanceMLPs
         G = function({path: tuple(v.shape) for path, v in V.items()}, config).to(device)
     for path in C:
         U[path] = U[path].to(device).requires_grad_()
-        V[path] = V[path].to(device).requires_grad_()
+        V[path] = V[path].contiguous().to(device).requires_grad_()
     UV = [*U.values(), *V.values()]
+    broadcast([*UV, *G.parameters()])  # the last digits of several processes may differ
     adamw = {"lr": config.lr, "betas": (0.9, config.beta2), "weight_decay": 0, "fused": device.type in ("cpu", "cuda")}
     optimizer_UV = Muon(UV, config.lr) if config.muon else torch.optim.AdamW(UV, **adamw)
     optimizer_G = torch.optim.AdamW(G.parameters(), **adamw)
@@ -483,17 +496,6 @@ def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Confi
     ascent = start_ascent(sources, config.adversary_lr)
     decomposition = Decomposition(U, V, G, config.bf16)
     return Training(decomposition, optimizer_UV, optimizer_G, sources, ascent, stream(2, "cpu"), stream(3, device))
-
-def fit_weights(model: nn.Module, decomposition: Decomposition, config: Config) -> None:
-    """The faithfulness warm-up: before the training, fit U and V alone to the weights, by AdamW with lr 1e-3 on loss 5
-    ([VPD] section 5)."""
-    UV = [*decomposition.U.values(), *decomposition.V.values()]
-    optimizer = torch.optim.AdamW(UV, lr=1e-3, weight_decay=0)
-    for _ in with_progress(range(config.faithfulness_steps), "warm-up"):
-        optimizer.zero_grad()
-        relative_delta(model, decomposition.U, decomposition.V).backward()
-        optimizer.step()
-    broadcast([*UV, *decomposition.G.parameters()])  # the last digits of several processes may differ
 
 def precision(device: torch.device | str, bf16: bool):
     """A context in which matrix products run in bfloat16, if `bf16`, and else in float32."""
@@ -594,8 +596,6 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
             with rank_0_first():
                 write_settings(folder, model, C, config, training)
             load_checkpoint(folder, training, config)
-        if training.step == 0:
-            fit_weights(model, training.decomposition, config)
         start = time.monotonic() - training.seconds
         saved = training.seconds
         while training.step < config.steps:

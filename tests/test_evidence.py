@@ -289,7 +289,7 @@ def toy_folder(tmp_path_factory):
     config = toy_models.Toy.config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy_models, "train_target", lambda toy, model, seed, steps: None)
-        patch.setattr(toy_models.Toy, "config", lambda *_: replace(config(*_), steps=3, faithfulness_steps=3))
+        patch.setattr(toy_models.Toy, "config", lambda *_: replace(config(*_), steps=3))
         toy_models.run("tms_3-2", 1, folder, (), "cpu", False)
     return folder
 

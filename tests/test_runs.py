@@ -17,7 +17,7 @@ import vpd
 from conftest import TRANSFORMER, logged, same
 from test_vpd import C, Net
 
-CONFIG = vpd.Config(steps=120, faithfulness_steps=20)
+CONFIG = vpd.Config(steps=120)
 SHORT = dataclasses.replace(CONFIG, steps=3)
 
 def batches(generator):
@@ -230,21 +230,19 @@ def without_chance(model, U, V, g, batch, target, divergence, generator, shrink)
     return vpd.adversarial_reconstruction(model, U, V, g, batch, target, divergence, torch.full_like(g, 0.3))
 
 def one_of_two(rank, folder):
-    """What each of two processes does: two steps on its half of the batch; a warm-up that ends differently on both, as
-    it may on two devices."""
+    """What each of two processes does: two steps on its half of the batch; a start that differs, as on two devices."""
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", world_size=2, rank=rank)
     vpd.stochastic_reconstruction = without_chance
     step = joined_step(slice(4 * rank, 4 * rank + 4))
-    training = vpd.initialize(net(), C, torch.zeros(4, 4), TOGETHER)
-    training.decomposition.U["first"].data += rank
-    vpd.fit_weights(net(), training.decomposition, TOGETHER)
-    torch.save({"step": step, "warm": training.decomposition.U}, folder / f"made{rank}.pt")
+    other = dataclasses.replace(TOGETHER, seed=rank)
+    training = vpd.initialize(net(), C, torch.zeros(4, 4), other)
+    torch.save({"step": step, "start": training.decomposition.U}, folder / f"made{rank}.pt")
     torch.distributed.destroy_process_group()
 
 def test_two_processes_take_the_step_of_one_on_the_joined_batch_and_start_from_the_same(tmp_path, monkeypatch):
     torch.multiprocessing.spawn(one_of_two, (tmp_path,), 2)
     made = [torch.load(tmp_path / f"made{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert same(made[0]["warm"], made[1]["warm"])
+    assert same(made[0]["start"], made[1]["start"])
     monkeypatch.setattr(vpd, "stochastic_reconstruction", without_chance)
     losses, gradients, sources = joined_step(slice(0, 8))
     for rank in (0, 1):

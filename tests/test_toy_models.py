@@ -119,7 +119,7 @@ def test_a_folder_of_another_toy_run_is_refused(tmp_path):
 def test_a_command_writes_metrics_and_pictures_and_repeated_it_trains_nothing_anew(
     name, last_picture, tmp_path, monkeypatch, capsys
 ):
-    config = replace(toy_models.parse_name(name).config(1), steps=3, faithfulness_steps=3)
+    config = replace(toy_models.parse_name(name).config(1), steps=3)
     monkeypatch.setattr(toy_models.Toy, "config", lambda toy, seed, without: config)
     monkeypatch.setattr(toy_models, "train_target", lambda toy, model, seed, steps: None)
     monkeypatch.setattr(sys, "argv", ["toy_models.py", name, "--seed", "1", "--out", str(tmp_path)])
@@ -139,7 +139,7 @@ SHORT = """
 from dataclasses import replace
 import toy_models
 config = toy_models.Toy.config
-toy_models.Toy.config = lambda *given: replace(config(*given), steps=3, faithfulness_steps=3)
+toy_models.Toy.config = lambda *given: replace(config(*given), steps=3)
 toy_models.main()
 """
 
@@ -175,7 +175,7 @@ def test_a_full_disk_ends_in_one_line(name, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 def test_a_picture_that_cannot_be_written_loses_no_figures(tmp_path, monkeypatch):
-    config = replace(toy_models.parse_name("induction_2-3").config(0), steps=3, faithfulness_steps=3)
+    config = replace(toy_models.parse_name("induction_2-3").config(0), steps=3)
     monkeypatch.setattr(toy_models.Toy, "config", lambda toy, seed, without: config)
     (tmp_path / "importances.png").mkdir()
     assert "importances.png" in error_of(monkeypatch, "induction_2-3", "--out", tmp_path)

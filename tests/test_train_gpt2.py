@@ -272,7 +272,7 @@ def test_a_bin_of_any_ids_gets_an_embedding_that_holds_them(refused, small, tmp_
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A preset of few steps, as `laptop`, and a text in text.txt; a checkpoint after every step."""
-    preset = tiny_preset(steps=6, faithfulness_steps=5)
+    preset = tiny_preset(steps=6)
     use_preset(monkeypatch, preset)
     monkeypatch.setattr(gpt, "CHECKPOINT_SECONDS", -1)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -365,7 +365,7 @@ def test_a_run_killed_in_any_stage_goes_on_when_its_command_is_repeated_and_ends
 
 def one_of_two(rank, folder):
     """What each of two processes of torchrun does: a whole run, the same run interrupted, and continued."""
-    preset = dataclasses.replace(tiny_preset(steps=10, faithfulness_steps=5), target_steps=5)
+    preset = dataclasses.replace(tiny_preset(steps=10), target_steps=5)
     start = torch.distributed.init_process_group
     for number, (out, after) in enumerate((("whole", None), ("killed", 6), ("killed", None))):
         with pytest.MonkeyPatch.context() as patch:

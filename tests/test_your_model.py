@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import vpd
 
-SMALL = vpd.Config(steps=2, faithfulness_steps=1)
+SMALL = vpd.Config(steps=2)
 
 def numbers(generator):
     return torch.randn(8, 4, generator=generator)
