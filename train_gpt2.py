@@ -26,6 +26,7 @@ import re
 import sys
 import sysconfig
 import time
+import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable
@@ -138,8 +139,13 @@ def readout(model: GPT) -> Tensor:
 # No merge crosses a border of pieces (a word with the space before it, indentation, signs), which hold the whole text.
 # They are short: `learn` counts a piece anew when a pair in it is merged, and a text without spaces (DNA) would be one.
 PIECES = re.compile(r" ?[^\W\d_]{1,100}| ?\d{1,100}| ?[^\w\s]{1,100}| ?_{1,100}|\s{1,100}")
-# GPT-2's own. Numbers like ² and Ⅷ are digits to its tokenizer, but letters to `re`.
-GPT2_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
+GPT2_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d]+| ?\d+| ?[^\w\s]+|\s+(?!\S)|\s+")
+
+def gpt2_pieces(text: str) -> list[str]:
+    """GPT-2's pieces. Characters that are newer than GPT-2 may be split otherwise than by its tokenizer."""
+    numbers = [x for x in set(text) if unicodedata.category(x) in ("Nl", "No")]  # letters to `re`, as is "_"
+    of_its_kind = str.maketrans("_\x1c\x1d\x1e\x1f" + "".join(numbers), "!!!!!" + "0" * len(numbers))
+    return [text[slice(*found.span())] for found in GPT2_PIECES.finditer(text.translate(of_its_kind))]
 
 def gpt2_bytes() -> dict[str, int]:
     """GPT-2's files write a byte as one visible character: {character: byte}, in the order of the tokens 0 to 255."""
@@ -189,7 +195,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids: uint16, or uint32 if there are more than 65,536."""
-        pieces = GPT2_PIECES.findall(text) if self.gpt2 else PIECES.findall(text)
+        pieces = gpt2_pieces(text) if self.gpt2 else PIECES.findall(text)
         dtype = np.uint16 if len(self.bytes) <= 1 << 16 else np.uint32
         encoded = {}
         for piece in vpd.with_progress(set(pieces), "encoding the text"):  # every distinct piece once
@@ -334,8 +340,9 @@ def load_target(place: Path | None) -> tuple[GPT | None, dict | None]:
     except vpd.BadInput:
         raise
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         advice = "get it again, whole and not as pointers of git-lfs"
-        raise vpd.BadInput(f"{place} holds no model that can be read ({error!r:.300}): {advice}") from error
+        raise vpd.BadInput(f"{place} holds no model that can be read ({reason}): {advice}") from error
     return model, saved["record"]
 
 def write(file: Path, text: str) -> None:

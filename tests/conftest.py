@@ -1,6 +1,7 @@
-"""What several test files share: helpers, and a finished run of a tiny language model."""
+"""What several test files share: a small net and its run, and a finished run of a tiny language model."""
 
 import functools
+import itertools
 import json
 import re
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import train_gpt2 as gpt
 import vpd
@@ -23,6 +26,7 @@ def process_as_it_was():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_flash_sdp(True)
 
@@ -43,6 +47,55 @@ def logged(folder):
         del line["seconds"]
     return lines
 
+def two_layers(net, x):
+    return net.last(F.gelu(net.first(x)))
+
+class Net(nn.Module):
+    """Two linear layers, one with a bias; any input shape (..., 4) -> (..., 3). compute(net, x): what it computes."""
+    def __init__(self, compute=two_layers, first=nn.Linear):
+        super().__init__()
+        self.first = first(4, 5)
+        self.last = nn.Linear(5, 3, bias=False)
+        self.compute = compute
+        self.eval()
+
+    def forward(self, x):
+        return self.compute(self, x)
+
+C = {"first": 6, "last": 7}
+SHORT = vpd.Config(steps=3)
+
+def rows(generator):
+    return torch.randn(32, 4, generator=generator)
+
+def windows(generator):
+    return torch.randn(8, 4, 4, generator=generator)
+
+def net():
+    """The same net every time."""
+    torch.manual_seed(0)
+    return Net()
+
+def decompose_net(out=None, config=SHORT, model=None, sizes=C, get_batch=rows, divergence=vpd.mse):
+    """A run of the net, or of another model, with a checkpoint after every step."""
+    return vpd.decompose(model or net(), sizes, get_batch, divergence, config, out, 0)
+
+def net_refused(message, folder, **given):
+    """The run of the net must end in one line with this message."""
+    with pytest.raises(vpd.BadInput, match=message) as error:
+        decompose_net(folder, **given)
+    assert "\n" not in str(error.value)
+
+def dies(patch, module, name, after):
+    """Let a function be interrupted when it is called for the so-many-th time."""
+    function = getattr(module, name)
+    calls = itertools.count()
+    def mortal(*arguments, **options):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+    patch.setattr(module, name, mortal)
+
 def code_blocks(title):
     """The blocks of code in a section of the README."""
     readme = (Path(vpd.__file__).parent / "README.md").read_text()
@@ -53,7 +106,7 @@ def code_blocks(title):
 def tiny_preset(**changes):
     """Two layers of width 16; seconds."""
     shape = gpt.Shape(layers=2, width=16, heads=2, context=16, vocabulary=280)
-    settings = {"steps": 30, "lr": 5e-3, **TRANSFORMER, **changes}
+    settings = {"steps": 30, "lr": 5e-3, "w_importance": 1e-4, **TRANSFORMER, **changes}
     return gpt.Preset(shape, batch=4, target_steps=60, target_lr=1e-2, settings=settings)
 
 def use_preset(patch, preset):

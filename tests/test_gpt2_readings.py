@@ -1,10 +1,8 @@
 """What train_gpt2.py reads off a finished run: the page, circuits, another decomposition of the same target."""
 
 import html
-import io
 import json
 import re
-import sys
 import shlex
 
 import numpy as np
@@ -35,13 +33,6 @@ def entries(run):
     # the anchor is inside the entry: a link opens it
     return dict(re.findall(r'<details><summary>.*?</summary><div id="(.*?)">(.*?)</details>', text, re.S))
 
-def firing(g, path):
-    """Which subcomponents of a matrix fire anywhere."""
-    return [c for c in range(g[path].shape[-1]) if (g[path][..., c] > 0.1).any()]
-
-def number_of(name):
-    return int(name.split(":")[1])
-
 def visible(text):
     return text.replace("\n", "⏎").replace("\t", "→")
 
@@ -53,7 +44,7 @@ def test_the_page_has_an_entry_for_every_subcomponent_that_fires_and_no_token_br
     g, _ = gpt.observe(of)
     names = []
     for path in g:
-        names += [f"{path}:{c}" for c in firing(g, path)]
+        names += [f"{path}:{c}" for c in range(g[path].shape[-1]) if (g[path][..., c] > 0.1).any()]
     assert entries(run).keys() == set(names) and f"the page of {len(names)} subcomponents" in printed
     assert sorted(re.findall('id="(.*?)"', text)) == sorted([*names, *g])
     links = {link.removeprefix("#") for link in re.findall('href="(.*?)"', text)}
@@ -87,12 +78,12 @@ def test_entries_of_a_matrix_are_in_the_order_of_clearness_and_say_what_the_writ
     order = [name for name in entries(run) if name.startswith(path)]
     scores = []
     for name in order:
-        fires = g[path][..., number_of(name)] > 0.1
+        fires = g[path][..., int(name.removeprefix(f"{path}:"))] > 0.1
         scores.append(max(gpt.clearness(tokens, usual, fires) for tokens in gpt.neighbours(ids).values()))
     assert scores == sorted(scores, reverse=True) and len(scores) > 2
     # independently: the logits of the model rise most when U_c is added to the stream behind its last block
     clearest = order[0]
-    c = number_of(clearest)
+    c = int(clearest.removeprefix(f"{path}:"))
     sign = a[path][..., c][g[path][..., c] > 0.1].float().mean().sign()
     x = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 100  # far from 0: the length is constant
     norm = run.model.norm
@@ -102,20 +93,6 @@ def test_entries_of_a_matrix_are_in_the_order_of_clearness_and_say_what_the_writ
     _, slopes = torch.autograd.functional.jvp(logits, x, run.decomposition.U[path][c].detach())
     best = (slopes * sign).topk(6).indices.tolist()
     assert "<dt>raises<dd>" + " ".join(gpt.code(of, i) for i in best) in entries(run)[clearest]
-
-def test_a_page_with_too_many_subcomponents_keeps_the_most_important(run, monkeypatch):
-    means = json.loads((run.folder / "metrics.json").read_text())["matrices"]
-    of = gpt.reading(run)
-    g, _ = gpt.observe(of)
-    monkeypatch.setattr(gpt, "SHOWN", 2 * len(g))
-    monkeypatch.setattr(gpt, "FLOWS", 0)
-    gpt.report(of, run.folder / "report.html")
-    expected = set()
-    for path in g:
-        by_importance = sorted(firing(g, path), key=lambda c: -means[path]["mean_importance"][c])
-        expected |= {f"{path}:{c}" for c in by_importance[:2]}
-    assert set(entries(run)) == expected
-    assert "at most 2" in (run.folder / "report.html").read_text()
 
 def test_a_circuit_is_written_with_its_graph_and_three_prunings(run, command):
     printed = command("--out", run.folder, "--circuit", "def first(")
@@ -128,13 +105,6 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(run, command):
     assert graph["nodes"][-1]["matrix"] == "outcome" and graph["edges"]
     active = [node for node in graph["nodes"] if "importance" in node]
     assert len(active) == made["prunings"]["stochastic and adversarial"]["nodes"]
-
-def test_a_terminal_that_lacks_a_sign_ends_no_reading(run, command, monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # of Windows, or redirected there
-    monkeypatch.setattr(sys, "stdout", terminal)
-    command("--out", run.folder, "--circuit", "def \u2192")
-    terminal.flush()
-    assert b"'def ?', then" in terminal.buffer.getvalue()
 
 def test_the_numbers_of_a_pruning_are_those_of_its_masks(run, command):
     ids = gpt.encoded(run, "def first(")
@@ -185,11 +155,9 @@ def test_another_decomposition_of_the_same_target_is_made_from_its_folder(run, t
     assert metrics["data"].endswith("text.txt")
     made = json.loads((half / "decomposition" / "run.json").read_text())["run"]
     assert made["steps"] == 3 and made["seed"] == 1
-    (half / "metrics.json").unlink()
-    command("--init-from", run.folder, "--C", "0.5", "--steps", "3", "--batch", "2", "--seed", "1", "--out", half)
     own = json.loads((run.folder / "metrics.json").read_text())["figures"]  # judged on the same text
     for name in ("loss of the target", "evaluated positions"):
-        assert metrics["figures"][name] == own[name]
+        assert metrics["figures"][name] == pytest.approx(own[name], rel=1e-6)
     (half / "target.pt").write_bytes(b"cut")
     refused("holds no model that can be read", "--out", half, "--report")
 
@@ -203,7 +171,6 @@ BAD_QUESTIONS = [
     ("--out new --init-from RUN --preset laptop", "brings its preset and data"),
     ("--out new --init-from nowhere", "no run with a finished target"),
     ("--out new --C 0", "--C is 0"),
-    ("--out new --seed -1", "--seed is -1"),
 ]
 
 @pytest.mark.parametrize("words, message", BAD_QUESTIONS)

@@ -10,46 +10,25 @@ import signal
 import pytest
 import torch
 import torch.multiprocessing
-import torch.nn.functional as F
-from torch import nn
 
 import vpd
-from conftest import TRANSFORMER, logged, same
-from test_vpd import C, Net
+from conftest import SHORT, C, Net, decompose_net, dies, logged, net, net_refused, rows, same
 
-CONFIG = vpd.Config(steps=120)
-SHORT = dataclasses.replace(CONFIG, steps=3)
-
-def batches(generator):
-    return torch.randn(32, 4, generator=generator)
-
-def net():
-    torch.manual_seed(0)
-    return Net().eval()
-
-def decompose_net(out, config=SHORT, model=None, sizes=C, get_batch=batches, divergence=vpd.mse):
-    """The run that the tests kill, resume and spoil. A checkpoint after every step."""
-    return vpd.decompose(model or net(), sizes, get_batch, divergence, config, out, 0)
+CONFIG = dataclasses.replace(SHORT, steps=120)
 
 def saved(folder):
     """The checkpoint. If it were half-written, it would fail to load here."""
     return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-def refused(message, folder, **arguments):
-    """The run must end in one line with this message."""
-    with pytest.raises(vpd.BadInput, match=message) as error:
-        decompose_net(folder, **arguments)
-    assert "\n" not in str(error.value)
 
 def run_that_dies(folder, config, draw=None, save=None):
     """The run, which kills itself when it draws a batch the so-many-th time, or in the midst of its so-many-th save."""
     draws = itertools.count()
     saves = itertools.count()
     write = torch.save
-    def mortal_batches(generator):
+    def mortal_rows(generator):
         if next(draws) == draw:
             os.kill(os.getpid(), signal.SIGKILL)
-        return batches(generator)
+        return rows(generator)
     def mortal_save(state, file):
         if next(saves) == save:
             file.write(b"half")
@@ -57,7 +36,7 @@ def run_that_dies(folder, config, draw=None, save=None):
             os.kill(os.getpid(), signal.SIGKILL)
         write(state, file)
     torch.save = mortal_save
-    decompose_net(folder, config, get_batch=mortal_batches)
+    decompose_net(folder, config, get_batch=mortal_rows)
 
 def in_a_process(function, *arguments, **options):
     """Call the function in a process of its own; returns its exit code."""
@@ -86,79 +65,26 @@ def test_a_run_killed_again_and_again_ends_bit_identical_to_one_that_was_never_i
 
 # --- Bad input ---
 
-class Computes(Net):
-    """The two layers of the net, in another computation."""
-    def __init__(self, compute):
-        super().__init__()
-        self.compute = compute
-        self.eval()
-
-    def forward(self, x):
-        return self.compute(self, x)
-
-def in_place(net, x):
-    h = net.first(x)
-    y = net.last(h)
-    h += 1  # after the matrix has read it
-    return y
-
-def windows(generator):
-    return torch.randn(8, 4, 4, generator=generator)
-
-def for_windows(**changes):
-    return dataclasses.replace(SHORT, **{**TRANSFORMER, **changes})
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(sizes={"frist": 4}), r"'frist' is not an nn.Linear.*nearest that are: first"),
-        (dict(sizes={}), r"no matrix to decompose"),
-        (dict(sizes={"first": 0}), r"C\['first'\] is 0.*at least 1"),
-        (dict(sizes={"first": True}), r"C\['first'\] is True"),
-        (dict(model=Computes(lambda net, x: net.first(x) + net.first(2 * x))), r"first runs twice"),
-        (dict(model=Computes(lambda net, x: net.first(x))), r"last does not run"),
-        (dict(model=Computes(lambda net, x: net.last(net.first(x)[:5]))), r"see different positions"),
-        (dict(model=Computes(in_place)), r"modified by an inplace.*write x = x \+ y"),
-        (dict(get_batch=windows, config=for_windows(G_heads=0)), r"G_heads 0: give a width of"),
-        (dict(get_batch=windows, config=for_windows(G_width=30)), r"G_width is 30 and G_heads 2: .*n \* 2 \* heads"),
-    ],
-)
-def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(tmp_path, arguments, message):
-    refused(message, tmp_path / "run", **arguments)
-    assert not (tmp_path / "run").exists()
-
-def test_a_matrix_that_is_called_by_keyword_is_decomposed_like_any_other():
-    by_keyword = Computes(lambda net, x: net.last(input=F.gelu(net.first(input=x))))
-    by_keyword.load_state_dict(net().state_dict())
-    assert same(decompose_net(None).U, decompose_net(None, model=by_keyword).U)
-
-def test_a_batch_of_another_shape_is_refused_and_the_checkpoint_kept(tmp_path):
-    rows = iter([32] * 4 + [31] * 9)
-    message = r"batch 3 has shape \(31, 4\), the first had \(32, 4\): give batches of one shape"
-    refused(message, tmp_path, config=CONFIG, get_batch=lambda _: torch.randn(next(rows), 4))
-    assert saved(tmp_path)["step"] == 3
-
-def test_a_target_that_turns_nan_stops_the_run_names_itself_and_keeps_the_checkpoint(tmp_path):
-    factors = iter([1] * 4 + [math.nan])
-    message = "target model's output is not finite at step 3"
-    refused(message, tmp_path, config=CONFIG, get_batch=lambda generator: batches(generator) * next(factors))
-    assert saved(tmp_path)["step"] == 3
-
-def test_a_loss_that_turns_inf_stops_the_run_and_is_named(tmp_path):
-    factors = iter([1] * 23 + [math.inf] * 4)  # three of the check; four a step: two ascents, the first two losses
-    message = "the (stochastic|adversarial) .*is not finite at step 5"
-    refused(message, tmp_path, config=CONFIG, divergence=lambda a, b: vpd.mse(a, b) * next(factors))
-    assert saved(tmp_path)["step"] == 5
+def test_what_goes_wrong_in_a_run_stops_it_and_is_named_and_the_checkpoint_is_kept(tmp_path):
+    sizes = iter([32] * 4 + [31])
+    of_x = iter([1] * 4 + [math.nan])
+    of_loss = iter([1] * 15 + [math.inf] * 4)  # three of the check; four a step: two ascents, the first two losses
+    late = {
+        r"batch 3 has shape \(31, 4\), the first had \(32, 4\)": dict(get_batch=lambda _: torch.randn(next(sizes), 4)),
+        "target model's output is not finite at step 3": dict(get_batch=lambda of: rows(of) * next(of_x)),
+        "stochastic is not finite at step 3": dict(divergence=lambda a, b: vpd.mse(a, b) * next(of_loss)),
+    }
+    for number, (message, given) in enumerate(late.items()):
+        folder = tmp_path / str(number)
+        net_refused(message, folder, config=CONFIG, **given)
+        assert saved(folder)["step"] == 3
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     decompose_net(tmp_path)
-    other = net()
-    other.first.weight.data += 1
-    refused(r"holds another run \(it differs in: lr\)", tmp_path, config=dataclasses.replace(SHORT, lr=1.0))
-    refused(r"differs in: C of last\)", tmp_path, sizes={**C, "last": 9})
-    refused(r"differs in: target model\)", tmp_path, model=other)
-    # G's scores and the optimizer go by the order
-    refused(r"differs in: order of the matrices\)", tmp_path, sizes=dict(reversed(C.items())))
+    net_refused(r"holds another run \(it differs in: lr\)", tmp_path, config=dataclasses.replace(SHORT, lr=1.0))
+    net_refused(r"differs in: C of last\)", tmp_path, sizes={**C, "last": 9})
+    net_refused(r"differs in: order of the matrices\)", tmp_path, sizes=dict(reversed(C.items())))
+    net_refused(r"differs in: target model\)", tmp_path, model=Net())
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(tmp_path):
     decompose_net(tmp_path)
@@ -167,18 +93,14 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(tmp_path):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], (tmp_path / "foreign.pt").read_bytes()):
         path.write_bytes(content)
-        refused("checkpoint.pt is damaged or is not of this run", tmp_path)
+        net_refused("checkpoint.pt is damaged or is not of this run", tmp_path)
         assert path.read_bytes() == content
 
-def stop(folder, config, after):
+def stop(folder, after):
     """The run, interrupted after so many steps."""
-    draws = itertools.count()
-    def mortal(generator):
-        if next(draws) == after + 1:  # the first draw is for the checks
-            raise KeyboardInterrupt
-        return batches(generator)
-    with pytest.raises(KeyboardInterrupt):
-        decompose_net(folder, config, get_batch=mortal)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dies(patch, vpd, "training_step", after)
+        decompose_net(folder)
 
 def pretend(folder, **versions):
     """Let the checkpoint say that it was written with these versions."""
@@ -187,9 +109,9 @@ def pretend(folder, **versions):
     torch.save(state, folder / "checkpoint.pt")
 
 def test_an_unfinished_run_of_another_device_is_refused_and_a_finished_one_is_loaded(tmp_path):
-    stop(tmp_path / "stopped", SHORT, after=2)
+    stop(tmp_path / "stopped", after=2)
     pretend(tmp_path / "stopped", device="cuda")
-    refused("stopped on cuda; cpu draws other numbers", tmp_path / "stopped")
+    net_refused("stopped on cuda; cpu draws other numbers", tmp_path / "stopped")
     finished = decompose_net(tmp_path / "finished")
     pretend(tmp_path / "finished", device="cuda")
     state = saved(tmp_path / "finished")
@@ -200,8 +122,8 @@ def test_an_unfinished_run_of_another_device_is_refused_and_a_finished_one_is_lo
     assert same(saved(tmp_path / "finished"), state)
 
 def test_a_run_resumed_with_other_threads_or_another_torch_says_so_in_one_line(tmp_path, capsys):
-    stop(tmp_path, SHORT, after=1)
-    stop(tmp_path, SHORT, after=1)
+    stop(tmp_path, after=1)
+    stop(tmp_path, after=1)
     assert "warning" not in capsys.readouterr().err
     pretend(tmp_path, threads=77, torch="1.0")
     decompose_net(tmp_path)
@@ -212,16 +134,16 @@ def test_a_run_resumed_with_other_threads_or_another_torch_says_so_in_one_line(t
 
 TOGETHER = dataclasses.replace(CONFIG, steps=12, clip_UV=math.inf, clip_G=math.inf, w_frequency=0.1, w_importance=0.1)
 
-def joined_step(rows):
-    """Two training steps on these rows of a fixed batch and of fixed sources; random sources are 0.3, without routing.
+def joined_step(share):
+    """Two training steps on this share of a fixed batch and of fixed sources; random sources are 0.3, without routing.
     Returns the losses and the gradients of the second, and the sources afterwards."""
     model = net()
     generator = torch.Generator().manual_seed(5)
     batch = torch.randn(8, 4, generator=generator)
-    training = vpd.initialize(model, C, batch[rows], TOGETHER)
-    training.sources.data = torch.rand(8, training.sources.shape[-1], generator=generator)[rows]
+    training = vpd.initialize(model, C, batch[share], TOGETHER)
+    training.sources.data = torch.rand(8, training.sources.shape[-1], generator=generator)[share]
     for _ in range(2):
-        losses = vpd.training_step(model, batch[rows], vpd.mse, training, TOGETHER)
+        losses = vpd.training_step(model, batch[share], vpd.mse, training, TOGETHER)
     found = training.decomposition
     parameters = [*found.U.values(), *found.V.values(), *found.G.parameters()]
     return losses, [x.grad for x in parameters], training.sources.detach()
