@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -74,26 +75,29 @@ Divergence = Callable[[Tensor, Tensor], Tensor]  # (target output, masked output
 @contextlib.contextmanager
 def _hooked(model: nn.Module, paths, hook: Callable):
     """Inside, hook(path, module, input, output) runs after each path's module; what it returns, unless None, replaces
-    the output. No hook stays, whatever happens."""
+    the output. No hook stays, whatever happens. Raises BadInput unless each module runs once."""
+    idle = list(paths)
     def adapted(path, module, args, kwargs, output):
+        reject_if(path not in idle, f"{path} runs twice in a pass: only matrices that run once can be decomposed")
+        idle.remove(path)
         return hook(path, module, (*args, *kwargs.values())[0], output)
     with contextlib.ExitStack() as handles:
         for path in paths:
             register = model.get_submodule(path).register_forward_hook
             handles.enter_context(register(functools.partial(adapted, path), with_kwargs=True))
         yield
+    reject_if(idle, f"{', '.join(idle)} does not run in a forward pass: leave it out, or undo torch.compile")
 
 @torch.no_grad()
 def forward_with_inputs(model: nn.Module, paths, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The plain forward pass: the target model's output, and the input (..., d_in) of every matrix in `paths`."""
+    """The plain forward pass: the target model's output, and the input (..., d_in) of every matrix in `paths`, in that
+    order."""
     inputs = {}
     def record(path, module, x, output):
-        reject_if(path in inputs, f"{path} runs twice in a forward pass: only matrices that run once can be decomposed")
         inputs[path] = x
     with _hooked(model, paths, record):
         output = model(batch)
-    # in the order of `paths`; a matrix that did not run is missing, which `check_target` reports
-    return output, {path: inputs[path] for path in paths if path in inputs}
+    return output, {path: inputs[path] for path in paths}
 
 def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor], batch: Tensor) -> Tensor:
     """The model's output with each matrix W replaced, position by position, by
@@ -107,14 +111,10 @@ def masked_forward(model: nn.Module, U: dict, V: dict, masks: dict[str, Tensor],
 
     A mask of ones gives exactly the target (in float32): that is how a position is left out of the decomposition. The
     model's parameters are not touched; the masks live only in the hooks of this one call."""
-    replaced = []
     def replace(path, module, x, output):
-        replaced.append(path)
         return masked_linear(module, x, output, U[path], V[path], masks[path])
     with _hooked(model, masks, replace):
-        output = model(batch)
-    reject_if(len(replaced) < len(masks), "some masked matrix did not run: undo torch.compile, or leave it out")
-    return output
+        return model(batch)
 
 def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Tensor, mask: Tensor) -> Tensor:
     """The masked output of one matrix: input x (..., d_in), plain output (..., d_out), mask (..., C + 1)."""
@@ -396,6 +396,7 @@ class Config:
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
     lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.06 / sqrt(features) serves every size
     muon: float = 1.0  # [0] U and V step by Muon with muon * lr; 0: by AdamW with lr; ours: laptop L0 84, not 107
+    average: float = 0.05  # [0] over this share of the steps the result is averaged; ours: see sequence_config
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
@@ -440,10 +441,15 @@ class Decomposition:
     G: nn.Module  # the causal importance function
     bf16: bool = False  # the precision that G was trained in, and must be evaluated in
 
+def parameters(decomposition: Decomposition) -> list[Tensor]:
+    """U, V and those of G, of all matrices."""
+    return [*decomposition.U.values(), *decomposition.V.values(), *decomposition.G.parameters()]
+
 @dataclasses.dataclass
 class Training:
     """Everything that changes while training, and that a checkpoint holds."""
     decomposition: Decomposition
+    average: Decomposition  # of the last steps, which is the result
     optimizer_UV: torch.optim.Optimizer
     optimizer_G: torch.optim.Optimizer
     sources: Tensor  # the persistent adversary's, (..., K): one for each mask at each place of a batch
@@ -484,7 +490,6 @@ def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Confi
         U[path] = U[path].to(device).requires_grad_()
         V[path] = V[path].contiguous().to(device).requires_grad_()
     UV = [*U.values(), *V.values()]
-    broadcast([*UV, *G.parameters()])  # the last digits of several processes may differ
     adamw = {"lr": config.lr, "betas": (0.9, config.beta2), "weight_decay": 0, "fused": device.type in ("cpu", "cuda")}
     optimizer_UV = Muon(UV, config.lr) if config.muon else torch.optim.AdamW(UV, **adamw)
     optimizer_G = torch.optim.AdamW(G.parameters(), **adamw)
@@ -495,7 +500,9 @@ def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Confi
     sources = torch.rand(*positions, sum(C.values()) + len(C), generator=stream(1, "cpu")).to(device)
     ascent = start_ascent(sources, config.adversary_lr)
     decomposition = Decomposition(U, V, G, config.bf16)
-    return Training(decomposition, optimizer_UV, optimizer_G, sources, ascent, stream(2, "cpu"), stream(3, device))
+    broadcast(parameters(decomposition))  # the last digits of several processes may differ
+    return Training(decomposition, copy.deepcopy(decomposition), optimizer_UV, optimizer_G, sources, ascent,
+                    stream(2, "cpu"), stream(3, device))  # fmt: skip
 
 def precision(device: torch.device | str, bf16: bool):
     """A context in which matrix products run in bfloat16, if `bf16`, and else in float32."""
@@ -506,8 +513,6 @@ def predict_scores(model, decomposition: Decomposition, batch: Tensor) -> tuple[
     reject_if(model.training, "the model is in training mode: call model.eval()")
     with precision(batch.device, decomposition.bf16):
         target, inputs = forward_with_inputs(model, decomposition.U, batch)
-        idle = ", ".join(path for path in decomposition.U if path not in inputs)
-        reject_if(idle, f"{idle} does not run on every batch: leave it out, or undo torch.compile")
         z = decomposition.G(inputs, decomposition.U, decomposition.V)
     return target, z
 
@@ -519,6 +524,13 @@ def set_learning_rates(training: Training, config: Config) -> None:
     training.optimizer_UV.param_groups[0]["lr"] = lr * (config.muon or 1)
     warm = min(1, (training.step + 1) / (0.025 * config.steps))
     training.ascent.param_groups[0]["lr"] = config.adversary_lr * warm
+
+@torch.no_grad()
+def update_average(training: Training, config: Config) -> None:
+    """U, V and G averaged over some of the last steps, exponentially. ours: the noise of single steps averages out."""
+    rate = 1 / max(1, config.average * config.steps)
+    for average, x in zip(parameters(training.average), parameters(training.decomposition)):
+        average.lerp_(x, rate)
 
 def training_step(model, batch: Tensor, divergence: Divergence, training: Training, config: Config) -> dict[str, float]:
     """One step of VPD ([VPD] section 5) on one batch. Changes `training`; returns losses, L0 and gradient norms. Raises
@@ -566,6 +578,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     ascend(training.ascent, sources, sources.grad)  # one more step up: its gradient is there anyway
     training.optimizer_UV.step()
     training.optimizer_G.step()
+    update_average(training, config)
     training.step += 1
     return numbers
 
@@ -611,7 +624,7 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
             if folder and due:
                 save_checkpoint(folder, training)
                 saved = training.seconds
-    return training.decomposition
+    return training.average
 
 # ---- 8  Evaluation: how we know that it worked ([VPD] section 6) ----------------------------------------------------
 ALIVE = 1e-6  # a subcomponent is alive if its mean causal importance over the evaluation set exceeds this (as in [VPD])
@@ -636,28 +649,23 @@ def count_subcomponents(importances: list[dict[str, Tensor]]) -> dict[str, dict]
                           "mean_importance": mean.tolist()}  # fmt: skip
     return matrices
 
-def total_counts(matrices: dict[str, dict]) -> dict[str, float]:
-    """The sums of `count_subcomponents` over all matrices."""
-    return {key: sum(of[key] for of in matrices.values()) for key in ("C", "alive", "L0", "L0 above 0.1")}
-
-def evaluation_mask(masking: str, g: Tensor, generator: torch.Generator) -> Tensor:
-    """The masks of the subcomponents with importances g (..., C) under one of MASKINGS. "stochastic":
-    independent sources ~ U(0, 1), also if training had `shrink`. "rounded at h": 1 where g > h, else 0."""
-    if masking == "unmasked":
-        return torch.ones_like(g)
-    if masking == "stochastic":
-        return make_masks(g, torch.rand(g.shape, generator=generator, device=g.device))
-    if masking == "g as masks":
-        return g
-    if masking == "ablated":
-        return torch.zeros_like(g)
-    return (g > float(masking.removeprefix("rounded at "))).to(g)
-
-def evaluation_masks(g: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The maskings under which a decomposition is judged, (name, {path: (..., C + 1)}) one by one. Delta's mask is 0 in
-    all, also in "unmasked": the subcomponents alone are judged."""
-    for masking in MASKINGS:
-        yield masking, {path: F.pad(evaluation_mask(masking, x[..., :-1], generator), (0, 1)) for path, x in g.items()}
+def evaluation_masks(masking: str, g: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """One of MASKINGS for importances g: masks {path: (..., C + 1)}. "stochastic": independent sources ~ U(0, 1), also
+    if training had `shrink`. "rounded at h": 1 where g > h, else 0. Delta's mask is 0 in all, also in "unmasked": the
+    subcomponents alone are judged."""
+    masks = {}
+    for path, x in g.items():
+        m = x[..., :-1]
+        if masking == "unmasked":
+            m = torch.ones_like(m)
+        elif masking == "ablated":
+            m = torch.zeros_like(m)
+        elif masking == "stochastic":
+            m = make_masks(m, torch.rand(m.shape, generator=generator, device=m.device))
+        elif masking != "g as masks":
+            m = (m > float(masking.removeprefix("rounded at "))).to(m)
+        masks[path] = F.pad(m, (0, 1))
+    return masks
 
 @torch.enable_grad()  # `evaluate` runs without gradients
 def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(),
@@ -702,32 +710,29 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
     reject_if(len(shapes) != 1, "the evaluation batches differ in shape: give equal ones")
     cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
     matrices = count_subcomponents([g for _, _, g in cases])
-    divergences = dict.fromkeys(MASKINGS, 0.0)
-    losses = dict.fromkeys(MASKINGS, 0.0)
-    target_loss = 0.0
+    figures = collections.defaultdict(float)
+    for name in ("C", "alive", "L0", "L0 above 0.1"):
+        figures[name] = sum(of_matrix[name] for of_matrix in matrices.values())
+    figures["evaluated positions"] = len(batches) * side_by_side(cases[0][2]).shape[:-1].numel()
     generator = torch.Generator(batches[0].device).manual_seed(seed)
     for batch, target, g in cases:
-        if loss:
-            target_loss += loss(batch, target).item() / len(cases)
-        for masking, masks in evaluation_masks(g, generator):
+        for masking in MASKINGS:
+            masks = evaluation_masks(masking, g, generator)
             with precision(batch.device, decomposition.bf16):
                 output = masked_forward(model, decomposition.U, decomposition.V, masks, batch)
-            divergences[masking] += divergence(target, output).item() / len(cases)
+            figures[f"divergence, {masking}"] += divergence(target, output).item() / len(cases)
             if loss:
-                losses[masking] += loss(batch, output).item() / len(cases)
+                above = loss(batch, output).item() - loss(batch, target).item()
+                figures[f"loss above target, {masking}"] += above / len(cases)
+        if loss:
+            figures["loss of the target"] += loss(batch, target).item() / len(cases)
     attacked = cases[: math.ceil(len(cases) / 4)]
     attack = fresh_adversary(model, decomposition, attacked, divergence, seed=seed, steps=attack_steps)
-    figures = total_counts(matrices)
-    figures |= {f"divergence, {masking}": x for masking, x in divergences.items()}
-    for steps in sorted({20, 40, attack_steps}):
+    for steps in (20, 40, 80):
         if steps <= attack_steps:
             figures[f"fresh adversary, {steps} steps"] = attack[steps]
     figures["||Delta||^2 / ||W||^2"] = relative_delta(model, decomposition.U, decomposition.V).item()
-    figures["evaluated positions"] = len(batches) * side_by_side(g).shape[:-1].numel()
-    if loss:
-        figures["loss of the target"] = target_loss
-        figures |= {f"loss above target, {masking}": losses[masking] - target_loss for masking in MASKINGS}
-    return {"figures": figures, "matrices": matrices, "attack": attack}
+    return {"figures": dict(figures), "matrices": matrices, "attack": attack}
 
 def table(metrics: dict) -> str:
     """What `evaluate` returns, with what was added to it, as text: a line for each figure, then one for each matrix."""
@@ -895,6 +900,17 @@ def reject_if(wrong, message: str) -> None:
     if wrong:
         raise BadInput(message)
 
+@contextlib.contextmanager
+def refusing(errors, what: str, advice: str):
+    """Inside, each of these errors becomes BadInput: what went wrong, the first line of the error, and what to do."""
+    try:
+        yield
+    except (BadInput, torch.cuda.OutOfMemoryError):
+        raise
+    except errors as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        raise BadInput(f"{what} ({reason}): {advice}") from error
+
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -957,10 +973,9 @@ def check_matrices(model: nn.Module, C: dict[str, int]) -> None:
         wrong = type(number) is not int or number < 1
         reject_if(wrong, f"C[{path!r}] is {number!r}: the number of subcomponents must be a whole one of at least 1")
         W = model.get_submodule(path).weight
-        lazy = isinstance(W, nn.UninitializedParameter)
-        reject_if(lazy, f"{path} has no weights yet: call model(batch) once, and train it")
+        empty = isinstance(W, nn.UninitializedParameter) or not W.any()
+        reject_if(empty, f"{path} has no weights yet, or only zeros: call model(batch) once, train it, or leave it out")
         reject_if(W.dtype != torch.float32, f"{path}.weight is {W.dtype}: call model.float() first, as U and V are")
-        reject_if(not W.any(), f"{path}.weight is all zeros: leave it out")
 
 def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence: Divergence) -> None:
     """Refuse, before any training, what cannot be decomposed: measured on one batch, not assumed. Raises BadInput."""
@@ -980,8 +995,6 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     reject_if(not batch.equal(copy), "the model changes its batch in place: let it work on a copy, x = x.clone()")
     reject_if(not isinstance(target, Tensor), f"the model returns a {type(target).__name__}: make it return one tensor")
     reject_if(not target.isfinite().all(), "the target model's output is not finite: look at the model and the data")
-    idle = ", ".join(path for path in C if path not in inputs)
-    reject_if(idle, f"{idle} does not run in the model's forward pass: leave it out, or undo torch.compile")
     positions = {tuple(x.shape[:-1]) for x in inputs.values()}
     reject_if(len(positions) > 1, f"the matrices see different positions, {positions}: decompose those with equal ones")
     ids_moved = batch.dim() == 2 and not batch.is_floating_point() and positions != {tuple(batch.shape)}
@@ -1004,16 +1017,11 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     loss = divergence(target, target.clone().requires_grad_())
     scalar = isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad
     reject_if(not scalar, "the divergence is not one number with a gradient: make it a tensor, the mean over positions")
-    try:  # a step in small: two masked passes, then one backward
+    advice = "detach nothing, leave out no_grad, write x = x + y, not x += y, and see that the batch fits in memory"
+    with refusing(RuntimeError, "a small step fails", advice):  # two masked passes, then one backward, as in training
         again = masked_forward(model, U, V, ones, batch)
         loss = divergence(target, masked_forward(model, U, V, half, batch)) + divergence(target, again)
         loss.backward(inputs=[*U.values(), *V.values()])
-    except torch.cuda.OutOfMemoryError:
-        raise BadInput("a batch is too large for the memory of the device: take a smaller one") from None
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:100]
-        advice = "write x = x + y, not x += y" if "inplace" in reason else "detach nothing, leave out no_grad"
-        raise BadInput(f"the model has no gradient ({reason}): {advice}") from error
     reject_if(differ(again, target), "with all masks 1 the output is not the target's: is a matrix used twice?")
     cut_off = ", ".join(path for path in C if U[path].grad is None or V[path].grad is None)
     reject_if(cut_off, f"no gradient reaches {cut_off}: detach nothing, undo torch.compile, or leave it out")
@@ -1052,7 +1060,7 @@ def write_settings(folder: Path, model: nn.Module, C: dict[str, int], config: Co
     run = dataclasses.asdict(config) | {f"C of {name}": number for name, number in C.items()}
     run |= {"order of the matrices": list(C), "number of processes": world_size()}
     run["positions in a batch"] = list(training.sources.shape[:-1])
-    run |= {"G": type(training.decomposition.G).__name__, "target model": digest.hexdigest()[:16]}
+    run["target model"] = digest.hexdigest()[:16]
     if not path.exists():
         now = versions(training.sources.device)
         with atomic_write(path) as file:
@@ -1065,14 +1073,16 @@ def write_settings(folder: Path, model: nn.Module, C: dict[str, int], config: Co
 def atomic_write(path: Path):
     """A binary file that replaces `path` only when it is complete and on disk: a kill leaves the old one whole."""
     unfinished = path.with_name(path.name + ".unfinished")
-    try:
+    with refusing((OSError, RuntimeError), f"{path} cannot be written", "make room there"):  # torch.save: RuntimeError
         with open(unfinished, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # of torch.save
-        raise BadInput(f"{path} cannot be written ({str(error).splitlines()[0]}): make room there") from error
+
+def saved(decomposition: Decomposition) -> dict:
+    """A decomposition as a checkpoint holds it."""
+    return {"U": decomposition.U, "V": decomposition.V, "G": decomposition.G.state_dict()}
 
 def save_checkpoint(folder: Path, training: Training) -> None:
     """Write all of `training` to checkpoint.pt, and the length of the log, so that a resumed run continues it. Process
@@ -1084,8 +1094,7 @@ def save_checkpoint(folder: Path, training: Training) -> None:
         each = [None] * world_size() if rank() == 0 else None
         dist.gather_object(own, each)
     if rank() == 0:
-        decomposition = training.decomposition
-        state = {"U": decomposition.U, "V": decomposition.V, "G": decomposition.G.state_dict(), "each process": each,
+        state = {"training": saved(training.decomposition), "average": saved(training.average), "each process": each,
                  "optimizer_UV": training.optimizer_UV.state_dict(), "optimizer_G": training.optimizer_G.state_dict(),
                  "step": training.step, "seconds": training.seconds, "versions": versions(training.sources.device),
                  "log_bytes": (folder / "log.jsonl").stat().st_size}  # fmt: skip
@@ -1102,12 +1111,13 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
         log.write_bytes(b"")  # without what a run wrote that was killed before its first checkpoint
         return
     now = versions(training.sources.device)
-    try:
+    with refusing(Exception, f"{path} is damaged or is not of this run", "delete it to begin anew"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         old = state["versions"]
         unfinished = state["step"] < config.steps
-        elsewhere = unfinished and old["device"] != now["device"]
-        if unfinished and not elsewhere:
+        elsewhere = f"{folder} stopped on {old['device']}; {now['device']} draws other numbers: resume it there"
+        reject_if(unfinished and old["device"] != now["device"], elsewhere)
+        if unfinished:
             own = state["each process"][rank()]
             training.optimizer_UV.load_state_dict(state["optimizer_UV"])
             training.optimizer_G.load_state_dict(state["optimizer_G"])
@@ -1115,18 +1125,13 @@ def load_checkpoint(folder: Path, training: Training, config: Config) -> None:
             training.data_generator.set_state(own["data"])
             training.noise_generator.set_state(own["noise"])
             training.sources.data.copy_(own["sources"])
-        training.decomposition.G.load_state_dict(state["G"])
-        for key in training.decomposition.U:
-            training.decomposition.U[key].data.copy_(state["U"][key])
-            training.decomposition.V[key].data.copy_(state["V"][key])
+        for name, decomposition in (("training", training.decomposition), ("average", training.average)):
+            decomposition.G.load_state_dict(state[name]["G"])
+            for key in decomposition.U:
+                decomposition.U[key].data.copy_(state[name]["U"][key])
+                decomposition.V[key].data.copy_(state[name]["V"][key])
         training.step = state["step"]
         training.seconds = state["seconds"]
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # torch.load raises almost anything on a file that is not its own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        raise BadInput(f"{path} is damaged or is not of this run ({reason}): delete it to begin anew") from error
-    reject_if(elsewhere, f"{folder} stopped on {old['device']}; {now['device']} draws other numbers: resume it there")
     if unfinished and rank() == 0:
         changed = ", ".join(f"{key} {old.get(key)}" for key in now if old.get(key) != now[key])
         if changed:
@@ -1137,14 +1142,13 @@ def load_decomposition(folder: str | Path, device="cpu") -> Decomposition:
     """What a run found, from its run.json and last checkpoint.pt, to be read and not to be trained on. Raises BadInput
     if the folder, the `out` of `decompose`, has none."""
     folder = Path(folder).expanduser()
-    missing = not (folder / "run.json").exists() or not (folder / "checkpoint.pt").exists()
-    reject_if(missing, f"{folder} has no run.json and checkpoint.pt: give the folder that `decompose` got as `out`")
-    run = json.loads((folder / "run.json").read_text())["run"]
-    config = Config(**{field.name: run[field.name] for field in dataclasses.fields(Config)})
-    state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
-    function = {"ImportanceMLPs": ImportanceMLPs, "ImportanceTransformer": ImportanceTransformer}[run["G"]]
-    G = function({path: tuple(v.shape) for path, v in state["V"].items()}, config).to(device)
-    G.load_state_dict(state["G"])
+    with refusing(Exception, f"{folder} holds no decomposition", "give the folder that `decompose` got as `out`"):
+        run = json.loads((folder / "run.json").read_text())["run"]
+        state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)["average"]
+        config = Config(**{field.name: run[field.name] for field in dataclasses.fields(Config)})
+        function = ImportanceTransformer if len(run["positions in a batch"]) == 2 else ImportanceMLPs
+        G = function({path: tuple(v.shape) for path, v in state["V"].items()}, config).to(device)
+        G.load_state_dict(state["G"])
     return Decomposition(state["U"], state["V"], G, config.bf16)
 
 def progress(line: str, milestone: bool) -> None:

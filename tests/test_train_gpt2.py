@@ -90,7 +90,7 @@ def results(folder):
     for name in ("minutes, target", "minutes, decomposition", "minutes, evaluation", "tokens per second"):
         assert metrics["figures"].pop(name) > 0
     saved = torch.load(folder / "decomposition" / "checkpoint.pt", weights_only=True)
-    return {"metrics": metrics, "log": logged(folder / "decomposition"), "U": saved["U"], "V": saved["V"]}
+    return {"metrics": metrics, "log": logged(folder / "decomposition"), "U": saved["average"]["U"], "V": saved["average"]["V"]}
 
 def test_a_whole_run_in_small_is_what_its_files_say(command, small, tmp_path, monkeypatch):
     settings = ("--data", tmp_path / "text.txt", "--out", tmp_path / "run")

@@ -238,10 +238,11 @@ def start(config, shape=(16,)):
 
 def to_float64(model, training, config):
     model.double()
-    training.decomposition.G.double()
-    for tensors in (training.decomposition.U, training.decomposition.V):
-        for path in C:
-            tensors[path] = tensors[path].detach().double().requires_grad_()
+    for decomposition in (training.decomposition, training.average):
+        decomposition.G.double()
+        for tensors in (decomposition.U, decomposition.V):
+            for path in C:
+                tensors[path] = tensors[path].detach().double().requires_grad_()
     training.sources = training.sources.detach().double()
     training.ascent = vpd.start_ascent(training.sources, config.adversary_lr)
 

@@ -50,9 +50,9 @@ def sequences(**settings):
     ("'frist' is not an nn.Linear.*nearest that are: first", dict(sizes={"frist": 4})),
     (r"C\['first'\] is 0.*at least 1", dict(sizes={"first": 0})),
     (r"C\['first'\] is True", dict(sizes={"first": True})),
-    ("first has no weights yet: call model", dict(model=Net(first=lambda _, d_out: nn.LazyLinear(d_out)))),
+    ("first has no weights yet, or only zeros", dict(model=Net(first=lambda _, d_out: nn.LazyLinear(d_out)))),
     ("first.weight is torch.float64: call model.float", dict(model=Net().double())),
-    ("first.weight is all zeros: leave it out", dict(model=changed(lambda net: net.first.weight.data.zero_()))),
+    ("first has no weights yet, or only zeros: ", dict(model=changed(lambda net: net.first.weight.data.zero_()))),
     ("last is in training mode", dict(model=changed(lambda net: net.last.train()))),
     ("a batch is a dict: make get_batch return one tensor", dict(get_batch=lambda _: {"x": 1})),
     ("a batch is a tuple", dict(get_batch=lambda _: (1, 2))),
@@ -68,7 +68,7 @@ def sequences(**settings):
     ("two passes over one batch differ", dict(model=Net(dropout_beside_a_huge_logit))),
     ("divergence is not one number", dict(divergence=lambda x, y: (x - y) ** 2)),
     ("no gradient reaches first: detach", dict(model=Net(lambda net, x: net.last(net.first(x).detach())))),
-    ("has no gradient .*: detach nothing", dict(model=Net(lambda net, x: two_layers(net, x).detach()))),
+    ("a small step fails .*: detach nothing", dict(model=Net(lambda net, x: two_layers(net, x).detach()))),
     (r"modified by an inplace.*write x = x \+ y", dict(model=Net(in_place))),
     (r"G_width is 30 and G_heads 2: .*n \* 2 \* heads", sequences(G_width=30)),
     ("G_heads 0: give a width of", sequences(G_heads=0)),
@@ -136,9 +136,9 @@ def test_what_a_decomposition_cannot_be_read_with_is_refused(tmp_path):
     with pytest.raises(vpd.BadInput, match="in training mode"):
         vpd.evaluate(model.train(), found, [rows(None)], vpd.mse)
     model.forward = lambda x: x
-    with pytest.raises(vpd.BadInput, match="did not run"):  # not silently left whole
+    with pytest.raises(vpd.BadInput, match="does not run"):  # not silently left whole
         vpd.masked_forward(model, found.U, found.V, {"first": torch.zeros(32, 7)}, rows(None))
-    with pytest.raises(vpd.BadInput, match="has no run.json and checkpoint.pt"):
+    with pytest.raises(vpd.BadInput, match="holds no decomposition"):
         vpd.load_decomposition(tmp_path)
 
 def test_the_verdict_names_what_to_change_for_a_figure_that_is_not_good():
