@@ -106,7 +106,7 @@ def code_blocks(title):
 def tiny_preset(**changes):
     """Two layers of width 16; seconds."""
     shape = gpt.Shape(layers=2, width=16, heads=2, context=16, vocabulary=280)
-    settings = {"steps": 30, "lr": 5e-3, "w_importance": 1e-4, **TRANSFORMER, **changes}
+    settings = {"steps": 30, "lr": 5e-3, "w_importance": 3e-5, **TRANSFORMER, **changes}
     return gpt.Preset(shape, batch=4, target_steps=60, target_lr=1e-2, settings=settings)
 
 def use_preset(patch, preset):

@@ -74,15 +74,15 @@ def test_entries_of_a_matrix_are_in_the_order_of_clearness_and_say_what_the_writ
     ids = torch.cat(of.batches)
     g, a = gpt.observe(of)
     usual = torch.bincount(ids.flatten(), minlength=280) / ids.numel()
-    path = "h.1.mlp.down"
-    order = [name for name in entries(run) if name.startswith(path)]
-    scores = []
-    for name in order:
-        fires = g[path][..., int(name.removeprefix(f"{path}:"))] > 0.1
-        scores.append(max(gpt.clearness(tokens, usual, fires) for tokens in gpt.neighbours(ids).values()))
-    assert scores == sorted(scores, reverse=True) and len(scores) > 2
+    for path in g:
+        order = [name for name in entries(run) if name.startswith(f"{path}:")]
+        scores = []
+        for name in order:
+            fires = g[path][..., int(name.removeprefix(f"{path}:"))] > 0.1
+            scores.append(max(gpt.clearness(tokens, usual, fires) for tokens in gpt.neighbours(ids).values()))
+        assert scores == sorted(scores, reverse=True)
     # independently: the logits of the model rise most when U_c is added to the stream behind its last block
-    clearest = order[0]
+    clearest = order[0]  # of the last matrix
     c = int(clearest.removeprefix(f"{path}:"))
     sign = a[path][..., c][g[path][..., c] > 0.1].float().mean().sign()
     x = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 100  # far from 0: the length is constant
