@@ -396,7 +396,7 @@ class Config:
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
     lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.06 / sqrt(features) serves every size
     muon: float = 1.0  # [0] U and V step by Muon with muon * lr; 0: by AdamW with lr; ours: laptop L0 84, not 107
-    average: float = 0.05  # [0] the share of the steps over which U, V and G are averaged; ours: see sequence_config
+    average: float = 0.1  # [0] the share of the steps over which U, V and G are averaged; ours: see sequence_config
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
