@@ -582,14 +582,9 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
 def compute_recovered(curve: list, ce: float) -> float:
     """The share of its training at which the target itself first had this validation cross-entropy ([VPD] section 6).
     Between the points of the curve [(step, cross-entropy), ...] linearly; 0 if it began as good, 1 if it never was."""
-    _, first = curve[0]
-    last_step, _ = curve[-1]
-    if first <= ce:
-        return 0.0
-    for (step, before), (next_step, after) in zip(curve, curve[1:]):
-        if after <= ce:
-            return (step + (next_step - step) * (before - ce) / (before - after)) / last_step
-    return 1.0
+    steps, losses = np.array(curve).T
+    best_so_far = np.minimum.accumulate(losses)
+    return float(np.interp(-ce, -best_so_far, steps) / steps[-1])
 
 def evaluate(run: Run) -> dict:
     """The third stage: metrics.json, which is returned, and training.png. Adds to `vpd.evaluate` the cross-entropy in

@@ -461,9 +461,9 @@ class Training:
     seconds: float = 0.0  # spent so far
 
 def split(W: Tensor, C: int) -> tuple[Tensor, Tensor]:
-    """U (C, d_out) and V (d_in, C) whose subcomponents add up to W (d_out, d_in), if C is at least d = min(d_in, d_out).
-    In the space of fewer dimensions they are random directions of length 1, a tight frame: Q^T Q = 1. What each writes
-    or reads on the other side follows from W. ours: [VPD] starts at random, and fits U and V to W for 400 steps."""
+    """U (C, d_out) and V (d_in, C) whose subcomponents add up to W (d_out, d_in), if C is at least min(d_in, d_out).
+    On the side of fewer dimensions they are random directions of length about 1 (a tight frame: Q^T Q = 1). Where each
+    points on the other side follows from W. ours: [VPD] starts at random, and first fits U and V to W in 400 steps."""
     d_out, d_in = W.shape
     d = min(d_in, d_out)
     Q = nn.init.orthogonal_(torch.empty(C, d))
@@ -700,8 +700,8 @@ def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], div
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None,
              attack_steps: int = 80) -> dict:  # fmt: skip
     """What every decomposition reports, as a dict for JSON: {"figures": {name: number}, "matrices": see
-    `count_subcomponents`, "attack": see `fresh_adversary`}. batches: the evaluation set, of one shape. The figures: sums
-    over all matrices, the divergence from the target by masking and under attack, and how large Delta is. With
+    `count_subcomponents`, "attack": see `fresh_adversary`}. batches: the evaluation set, of one shape. The figures:
+    sums over all matrices, the divergence from the target by masking and under attack, and how large Delta is. With
     loss(batch, output) -> scalar (the target's training loss), also how far it is above that of the target.
 
     The attack sees a quarter of the batches. That saves more than half of the time, and the figure is a little higher:
@@ -756,13 +756,14 @@ def verdict(metrics: dict) -> str:
     figures = metrics["figures"]
     ablated = figures["divergence, ablated"]
     stochastic = figures["divergence, stochastic"]
+    attack = metrics["attack"][-1]
     checks = (
         ("unmasked divergence", figures["divergence, unmasked"], 0.05 * stochastic, "raise w_delta"),
         ("stochastic divergence", stochastic, 0.05 * ablated, "take more steps, then lower w_importance, w_frequency"),
         ("rounded divergence", figures["divergence, rounded at 0"], 2 * stochastic, "raise shrink, or adversary_lr"),
         ("L0", figures["L0"], 0.2 * figures["alive"], "raise w_importance and w_frequency, or take more steps"),
         ("alive", figures["alive"], 0.9 * figures["C"], "raise C, or w_frequency"),
-        ("adversary's divergence", metrics["attack"][-1], 0.1 * ablated, "take more steps; lower w_importance, w_frequency"))
+        ("adversary's divergence", attack, 0.1 * ablated, "take more steps; lower w_importance, w_frequency"))
     lines = []
     for name, x, most, remedy in checks:
         lines.append(f"{name:23s} {x:10.4g}  {'good' if x <= most else f'over {most:.4g}: {remedy}'}")

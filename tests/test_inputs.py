@@ -141,10 +141,10 @@ CUT = "holds no model that can be read .*: get it again, whole and not as pointe
 @pytest.mark.parametrize("file, damage, message", [
     ("model.safetensors", lambda _: POINTER, CUT),
     ("model.safetensors", lambda content: content[: len(content) // 2], CUT),
-    ("model.safetensors", lambda content: content.replace(b"ln_2", b"ln_3"), "holds no model that can be read .*norm_mlp"),
+    ("model.safetensors", lambda content: content.replace(b"ln_2", b"ln_3"), "no model that can be read .*norm_mlp"),
     ("model.safetensors", lambda content: content[:-2] + b"AA", "lm_head.weight is not wte.weight"),
     ("config.json", lambda content: content[:-5], "holds no model that can be read .JSONDecodeError"),
-    ("config.json", lambda content: content.replace(b"gelu_new", b"relu"), "its activation or its scale of attention is not GPT-2's"),
+    ("config.json", lambda content: content.replace(b"gelu_new", b"relu"), "its activation or its scale"),
     ("config.json", lambda content: content.replace(b'd": 2', b'd": "2"'), "TypeError"),
     ("config.json", lambda content: content.replace(b'd": 2', b'd": 0'), "ZeroDivisionError"),
     ("config.json", lambda content: content.replace(b'r": 1', b'r": 0.5'), "TypeError"),

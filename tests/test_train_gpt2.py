@@ -89,8 +89,8 @@ def results(folder):
     metrics = json.loads((folder / "metrics.json").read_text())
     for name in ("minutes, target", "minutes, decomposition", "minutes, evaluation", "tokens per second"):
         assert metrics["figures"].pop(name) > 0
-    saved = torch.load(folder / "decomposition" / "checkpoint.pt", weights_only=True)
-    return {"metrics": metrics, "log": logged(folder / "decomposition"), "U": saved["average"]["U"], "V": saved["average"]["V"]}
+    saved = torch.load(folder / "decomposition" / "checkpoint.pt", weights_only=True)["average"]
+    return {"metrics": metrics, "log": logged(folder / "decomposition"), "U": saved["U"], "V": saved["V"]}
 
 def test_a_whole_run_in_small_is_what_its_files_say(command, small, tmp_path, monkeypatch):
     settings = ("--data", tmp_path / "text.txt", "--out", tmp_path / "run")

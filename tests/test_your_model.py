@@ -1,6 +1,5 @@
 """A model that nobody tuned for: what cannot be decomposed is refused in one line, before training; the rest works."""
 
-import os
 from functools import partial
 
 import pytest
@@ -145,8 +144,7 @@ def test_the_verdict_names_what_to_change_for_a_figure_that_is_not_good():
     figures = {"divergence, unmasked": 0.003, "divergence, stochastic": 0.12, "divergence, rounded at 0": 0.17}
     figures |= {"divergence, ablated": 8.0, "L0": 50.0, "alive": 1000, "C": 1600}
     assert vpd.verdict({"figures": figures, "attack": [0.2, 0.3]}).count("good") == 6
-    (bad,) = [line for line in vpd.verdict({"figures": figures, "attack": [0.2, 20]}).splitlines() if "good" not in line]
-    assert "20  over" in bad
+    assert "20  over" in vpd.verdict({"figures": figures, "attack": [0.2, 20]})
     for name, x in {"divergence, unmasked": 0.03, "alive": 1590, "L0": 900.0}.items():
         judged = vpd.verdict({"figures": figures | {name: x}, "attack": [0.3]})
         (bad,) = [line for line in judged.splitlines() if "good" not in line]
