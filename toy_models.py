@@ -149,9 +149,10 @@ class Toy:
 
     def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
         """The setting of a toy model: one for each kind; what depends on its size follows from the size.
-        lr: Adam and Muon move every entry by about lr a step; those of a direction of length 1 are about 1 / sqrt(its
-        size). With two thirds of it, subcomponents that do the same do not merge in time. Price: MSE is a mean over N outputs, so a feature's
-        share in it is 1 / N. price_start: from a high price down, a feature is more often found as one subcomponent."""
+        lr: Adam and Muon move every entry by about lr a step, and the entries of a direction of length 1 shrink with
+        the root of their number. With two thirds of it, subcomponents that do the same do not merge in time. Price: MSE
+        is a mean over N outputs, so a feature's share in it is 1 / N. price_start: from a high price down, a feature is
+        more often found as one subcomponent."""
         N = self.features
         # ours: adversary_steps=0, because the ascent that comes with the loss is enough
         config = vpd.Config(steps=2000, seed=seed, lr=0.06 / N**0.5, w_importance=1e-4 / N, w_frequency=2e-3 / N,

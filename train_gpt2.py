@@ -298,9 +298,9 @@ PRESETS = {
     "paper": Preset(  # the published run, whose target was trained elsewhere; 8 GPUs, days; not measured
         Shape(layers=4, width=768, heads=6, context=512, vocabulary=50_304), batch=64,
         target_steps=100_000, target_lr=6e-4,
-        settings={"steps": 400_000, "lr": 5e-5, "muon": 0, "beta2": 0.999, "clip_G": math.inf, "w_importance": 2e-4,
-                  "w_frequency": 1e-4, "shrink": 0, "adversary_steps": 2, "adversary_lr": 0.01, "G_width": 2048,
-                  "G_blocks": 8, "G_heads": 16, "G_activations": False, "bf16": True})}  # fmt: skip
+        settings={"steps": 400_000, "lr": 5e-5, "muon": 0, "average": 0, "beta2": 0.999, "clip_G": math.inf,
+                  "w_importance": 2e-4, "w_frequency": 1e-4, "shrink": 0, "adversary_steps": 2, "adversary_lr": 0.01,
+                  "G_width": 2048, "G_blocks": 8, "G_heads": 16, "G_activations": False, "bf16": True})}  # fmt: skip
 EVALUATED = 16_384  # positions of validation text
 SOME = 2048  # the first of them, for attributions
 WINDOWS = 8  # in a batch of validation text
@@ -335,13 +335,15 @@ def load_target(place: Path | None) -> tuple[GPT | None, dict | None]:
         else:
             return None, None
         model = GPT(Shape(**saved["shape"]))
-        biases = {name: x for name, x in model.state_dict().items() if name.endswith(".bias")}  # 0, if nanoGPT has none
-        model.load_state_dict(biases | saved["model"])
+        biases = {name: x for name, x in model.state_dict().items() if name.endswith(".bias")}
+        if biases.keys().isdisjoint(saved["model"]):  # nanoGPT's bias=False; those of a new model are 0
+            saved["model"] |= biases
+        model.load_state_dict(saved["model"])
     except vpd.BadInput:
         raise
     except Exception as error:  # torch.load raises almost anything on a file that is not its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-        advice = "get it again, whole and not as pointers of git-lfs"
+        advice = "get it again, whole and not as a pointer of git-lfs, or choose another folder"
         raise vpd.BadInput(f"{place} holds no model that can be read ({reason}): {advice}") from error
     return model, saved["record"]
 
@@ -447,7 +449,8 @@ def read_gpt2(folder: Path) -> dict:
         config = json.loads(read_text(folder / "config.json"))
         given = collections.ChainMap(*map(read_safetensors, folder.glob("model*.safetensors")))  # one, or shards
     gelu = config.get("activation_function", "gelu_new") in ("gelu_new", "gelu_pytorch_tanh")  # one, by two names
-    other = not gelu or config.get("scale_attn_by_inverse_layer_idx")
+    unscaled = not config.get("scale_attn_weights", True)
+    other = not gelu or unscaled or config.get("scale_attn_by_inverse_layer_idx")
     vpd.reject_if(other, f"{folder}: its activation or its scale of attention is not GPT-2's: give one like GPT-2")
     given = {re.sub(r"^((_orig_mod|module|transformer)\.)+", "", name): x.float() for name, x in given.items()}
     given = {"wte.weight": given.get("lm_head.weight")} | given  # files may hold the one, the other or both
@@ -539,6 +542,8 @@ def prepare_run(settings: dict, folder: Path, device: str) -> Run:
     vpd.reject_if(source and not model, f"{place} is no run with a finished target, and no GPT-2: give another folder")
     shape = model.shape if model else preset.shape
     ids, tokenizer = load_corpus(settings["data"], shape.vocabulary, place)
+    too_many = model and tokenizer and len(tokenizer.bytes) > shape.vocabulary
+    vpd.reject_if(too_many, f"{place}: its tokenizer has more tokens than the model: give its own")
     if not model:
         if settings["data"].endswith(".bin"):
             shape = replace(shape, vocabulary=64 * (int(ids.max()) // 64 + 1))
@@ -581,7 +586,8 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
 # ---- The evaluation, stage 3 ----------------------------------------------------------------------------------------
 def compute_recovered(curve: list, ce: float) -> float:
     """The share of its training at which the target itself first had this validation cross-entropy ([VPD] section 6).
-    Between the points of the curve [(step, cross-entropy), ...] linearly; 0 if it began as good, 1 if it never was."""
+    Linearly between the best so far at the points of the curve, [(step, cross-entropy), ...]; 0 if it began as good, 1
+    if it never was."""
     steps, losses = np.array(curve).T
     best_so_far = np.minimum.accumulate(losses)
     return float(np.interp(-ce, -best_so_far, steps) / steps[-1])

@@ -78,7 +78,7 @@ def _hooked(model: nn.Module, paths, hook: Callable):
     the output. No hook stays, whatever happens. Raises BadInput unless each module runs once."""
     idle = list(paths)
     def adapted(path, module, args, kwargs, output):
-        reject_if(path not in idle, f"{path} runs twice in a pass: only matrices that run once can be decomposed")
+        reject_if(path not in idle, f"{path} runs twice in a pass: leave it out, a matrix must run once")
         idle.remove(path)
         return hook(path, module, (*args, *kwargs.values())[0], output)
     with contextlib.ExitStack() as handles:
@@ -421,7 +421,7 @@ class Config:
 def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
     """Where to start with sequences and a divergence of logits, as `Config()` is where to start without. settings: what
     shall be otherwise. Derived from the sizes: G is 1.5 times as wide as most matrices' inputs, the residual stream,
-    and half as deep as a transformer of six matrices a layer. lr goes with 1 / sqrt(width), as V's entries start.
+    and half as deep as a transformer of six matrices a layer. lr goes with 1 / sqrt(width), as most of V starts.
 
     ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a fifth
     of the time. lr: at width 64, from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18,
@@ -462,7 +462,7 @@ class Training:
 
 def split(W: Tensor, C: int) -> tuple[Tensor, Tensor]:
     """U (C, d_out) and V (d_in, C) whose subcomponents add up to W (d_out, d_in), if C is at least min(d_in, d_out).
-    On the side of fewer dimensions they are random directions of length about 1 (a tight frame: Q^T Q = 1). Where each
+    On the side of fewer dimensions they are random, of mean square length 1 (a tight frame: Q^T Q = 1). Where each
     points on the other side follows from W. ours: [VPD] starts at random, and first fits U and V to W in 400 steps."""
     d_out, d_in = W.shape
     d = min(d_in, d_out)
@@ -529,7 +529,7 @@ def set_learning_rates(training: Training, config: Config) -> None:
 @torch.no_grad()
 def update_average(training: Training, config: Config) -> None:
     """U, V and G averaged over some of the last steps, exponentially. ours: the noise of single steps averages out."""
-    rate = 1 / max(1, config.average * config.steps)
+    rate = 1 / max(1, min(training.step + 1, config.average * config.steps))
     for average, x in zip(parameters(training.average), parameters(training.decomposition)):
         average.lerp_(x, rate)
 
@@ -717,16 +717,16 @@ def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence
     figures["evaluated positions"] = len(batches) * side_by_side(cases[0][2]).shape[:-1].numel()
     generator = torch.Generator(batches[0].device).manual_seed(seed)
     for batch, target, g in cases:
+        if loss:
+            target_loss = loss(batch, target)
+            figures["loss of the target"] += target_loss.item() / len(cases)
         for masking in MASKINGS:
             masks = evaluation_masks(masking, g, generator)
             with precision(batch.device, decomposition.bf16):
                 output = masked_forward(model, decomposition.U, decomposition.V, masks, batch)
             figures[f"divergence, {masking}"] += divergence(target, output).item() / len(cases)
             if loss:
-                above = loss(batch, output).item() - loss(batch, target).item()
-                figures[f"loss above target, {masking}"] += above / len(cases)
-        if loss:
-            figures["loss of the target"] += loss(batch, target).item() / len(cases)
+                figures[f"loss above target, {masking}"] += (loss(batch, output) - target_loss).item() / len(cases)
     attacked = cases[: math.ceil(len(cases) / 4)]
     attack = fresh_adversary(model, decomposition, attacked, divergence, seed=seed, steps=attack_steps)
     for steps in (20, 40, 80):
@@ -904,13 +904,15 @@ def reject_if(wrong, message: str) -> None:
 
 @contextlib.contextmanager
 def refusing(errors, what: str, advice: str):
-    """Inside, each of these errors becomes BadInput: what went wrong, the first line of the error, and what to do."""
+    """Inside, each of these errors becomes BadInput: what went wrong, how the error begins, and what to do."""
     try:
         yield
-    except (BadInput, torch.cuda.OutOfMemoryError):
+    except BadInput:
         raise
+    except torch.cuda.OutOfMemoryError as error:
+        raise BadInput("the memory of the device is full: take a smaller batch, or a smaller C") from error
     except errors as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise BadInput(f"{what} ({reason}): {advice}") from error
 
 def world_size() -> int:
@@ -1019,7 +1021,7 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     loss = divergence(target, target.clone().requires_grad_())
     scalar = isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad
     reject_if(not scalar, "the divergence is not one number with a gradient: make it a tensor, the mean over positions")
-    advice = "detach nothing, leave out no_grad, write x = x + y, not x += y, and see that the batch fits in memory"
+    advice = "detach nothing, leave out no_grad, and write x = x + y, not x += y"
     with refusing(RuntimeError, "a small step fails", advice):  # two masked passes, then one backward, as in training
         again = masked_forward(model, U, V, ones, batch)
         loss = divergence(target, masked_forward(model, U, V, half, batch)) + divergence(target, again)
@@ -1144,7 +1146,8 @@ def load_decomposition(folder: str | Path, device="cpu") -> Decomposition:
     """What a run found, from its run.json and last checkpoint.pt, to be read and not to be trained on. Raises BadInput
     if the folder, the `out` of `decompose`, has none."""
     folder = Path(folder).expanduser()
-    with refusing(Exception, f"{folder} holds no decomposition", "give the folder that `decompose` got as `out`"):
+    advice = "give the `out` of `decompose`, whole and made by this version"
+    with refusing(Exception, f"{folder} holds no decomposition", advice):
         run = json.loads((folder / "run.json").read_text())["run"]
         state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)["average"]
         config = Config(**{field.name: run[field.name] for field in dataclasses.fields(Config)})

@@ -136,7 +136,7 @@ def test_a_gpt2_of_any_origin_gives_the_logits_computed_by_hand(change, epsilon,
     assert abs(logits - logits_by_hand(state, ids, heads=4, epsilon=epsilon)).max() < tolerance
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 548105171\n"
-CUT = "holds no model that can be read .*: get it again, whole and not as pointers of git-lfs"
+CUT = "holds no model that can be read .*: get it again, whole and not as a pointer of git-lfs"
 
 @pytest.mark.parametrize("file, damage, message", [
     ("model.safetensors", lambda _: POINTER, CUT),

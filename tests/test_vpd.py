@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vpd
-from conftest import TRANSFORMER, C, Net, code_blocks, same
+from conftest import TRANSFORMER, C, Net, code_blocks, decompose_net, same
 
 def random_parts(model, sizes):
     """Random U and V for these matrices of a model, in its dtype."""
@@ -372,6 +372,23 @@ def test_a_run_starts_with_unit_directions_that_add_up_to_the_weights(d_in, d_ou
     lengths = V.norm(dim=0) if d_in <= d_out else U.norm(dim=1)
     assert lengths.square().mean() == pytest.approx(1, rel=1e-5)
 
+def test_the_result_is_the_average_of_the_last_steps(monkeypatch):
+    """At first of all, then exponentially: over a tenth of 40 steps, each step counts a quarter."""
+    config = vpd.Config(steps=40, average=0.1)
+    step = vpd.training_step
+    trained = []
+    def recorded(model, batch, divergence, training, config):
+        values = step(model, batch, divergence, training, config)
+        trained.append(training.decomposition.U["first"].detach().clone())
+        return values
+    monkeypatch.setattr(vpd, "training_step", recorded)
+    found = decompose_net(config=config)
+    expected = trained[0]
+    for n, U in enumerate(trained, 1):
+        expected = expected + (U - expected) / min(n, 4)
+    torch.testing.assert_close(found.U["first"].detach(), expected)
+    assert not torch.allclose(expected, trained[-1])
+
 def test_the_readmes_own_model_comes_out_as_it_says(tmp_path, capsys):
     code, promised, *_ = code_blocks("Your own model")
     torch.manual_seed(0)
@@ -415,6 +432,8 @@ def test_evaluation_against_explicit_weights_and_counts():
     for name, value in expected.items():
         assert metrics["figures"][f"divergence, {name}"] == pytest.approx(value, rel=1e-4), name
     assert len({round(value, 9) for value in expected.values()}) == 6  # they really differ here
+    first = (x[:8], *vpd.predict_importances(model, decomposition, x[:8]))  # a quarter of two batches is one
+    assert metrics["attack"] == pytest.approx(vpd.fresh_adversary(model, decomposition, [first], vpd.mse))
     for path, matrix in metrics["matrices"].items():
         mean = [sum(column) / 16 for column in g[path].T.tolist()]
         assert matrix["mean_importance"] == pytest.approx(mean, abs=1e-6)

@@ -145,7 +145,8 @@ def test_the_verdict_names_what_to_change_for_a_figure_that_is_not_good():
     figures |= {"divergence, ablated": 8.0, "L0": 50.0, "alive": 1000, "C": 1600}
     assert vpd.verdict({"figures": figures, "attack": [0.2, 0.3]}).count("good") == 6
     assert "20  over" in vpd.verdict({"figures": figures, "attack": [0.2, 20]})
-    for name, x in {"divergence, unmasked": 0.03, "alive": 1590, "L0": 900.0}.items():
+    worse = {"divergence, unmasked": (0.03, "raise w_delta"), "alive": (1590, "raise C"), "L0": (900, "raise w_imp")}
+    for name, (x, remedy) in worse.items():
         judged = vpd.verdict({"figures": figures | {name: x}, "attack": [0.3]})
         (bad,) = [line for line in judged.splitlines() if "good" not in line]
-        assert f"{x:.4g}  over" in bad
+        assert f"{x:.4g}  over" in bad and remedy in bad
