@@ -430,7 +430,7 @@ def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
     check_matrices(model, C)
     width = statistics.mode(model.get_submodule(path).in_features for path in C)
     sizes = {"lr": 0.056 / width**0.5, "G_width": 8 * math.ceil(1.5 * width / 8), "G_blocks": max(1, len(C) // 12)}
-    tuned = {"steps": 2800, "muon": 2.0, "lr_final": 0.1, "p_end": 0.4, "w_importance": 6.7e-4, "w_frequency": 3.6e-4,
+    tuned = {"steps": 2500, "muon": 2.0, "lr_final": 0.1, "p_end": 0.4, "w_importance": 6.5e-4, "w_frequency": 3.5e-4,
              "w_delta": 50.0, "shrink": 2.0, "adversary_steps": 0, "adversary_lr": 0.04}  # fmt: skip
     return Config(**sizes | tuned | settings)
 
