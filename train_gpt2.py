@@ -365,8 +365,8 @@ def train_target(run: Run, seed: int) -> dict:
     bf16 = run.config.bf16
     steps = preset.target_steps
     parameters = list(model.parameters())
-    # Muon halves the steps, but its matrices have a higher rank: more parts, and an attack gets three times as far
     fused = not run.device.startswith("mps")
+    # Muon halves the steps, but its matrices have a higher rank: more parts, and an attack gets three times as far
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
     generator = torch.Generator()
     validation = validation_batches(run.ids, preset, run.device)
