@@ -239,11 +239,9 @@ def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tu
             if not toy.length:  # the weights of induction are set by hand
                 train_target(toy, model, seed, steps)
             torch.save({"wanted": wanted, "model": model.state_dict(), "seconds": time.monotonic() - began}, file)
-    try:
+    with vpd.refusing(Exception, f"{path} is damaged or no toy model", "delete it, or choose another --out"):
         saved = torch.load(path, map_location=device, weights_only=True)
         held = f"{saved['wanted']['toy']['name']} of seed {saved['wanted']['seed']}"
-    except Exception as error:  # torch.load raises almost anything on a file that is not its own
-        raise vpd.BadInput(f"{path} is damaged or no toy model: delete it, or choose another --out") from error
     vpd.reject_if(saved["wanted"] != wanted, f"{out} holds {held}: choose another --out, or delete it")
     model.load_state_dict(saved["model"])
     return model.eval().requires_grad_(False), saved["seconds"]

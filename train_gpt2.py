@@ -212,15 +212,13 @@ class Tokenizer:
 
 def gpt2_tokenizer(folder: Path) -> Tokenizer:
     """GPT-2's tokenizer from vocab.json and merges.txt, as downloaded. Raises BadInput if they cannot serve."""
-    try:
+    with vpd.refusing(Exception, f"{folder} lacks vocab.json or merges.txt of a GPT-2", "give --data FILE.bin"):
         numbers = json.loads(read_text(folder / "vocab.json"))
         lines = read_text(folder / "merges.txt").split("\n")
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         merges = [(numbers[a], numbers[b]) for a, b in pairs]
         names = [*gpt2_bytes(), *(a + b for a, b in pairs)]
         in_order = [numbers[name] for name in names] == list(range(len(names)))
-    except (ValueError, KeyError, TypeError) as error:
-        raise vpd.BadInput(f"{folder} lacks vocab.json or merges.txt of a GPT-2 ({error!r}): give a .bin") from None
     vpd.reject_if(not in_order, f"{folder}/vocab.json does not number tokens as GPT-2 does: give --data FILE.bin")
     return Tokenizer(merges, gpt2=True)
 
@@ -327,7 +325,8 @@ def validation_loss(model: GPT, batches: list[Tensor], bf16: bool = False) -> fl
 def load_target(place: Path | None) -> tuple[GPT | None, dict | None]:
     """The model that the folder of a run or of a GPT-2 holds, on the CPU, and the record of its training; None twice if
     there is none. Raises BadInput if a file is damaged or of another model; see `read_gpt2`."""
-    try:
+    advice = "get it again, whole and not as a pointer of git-lfs, or choose another folder"
+    with vpd.refusing(Exception, f"{place} holds no model that can be read", advice):
         if place and (place / "target.pt").exists():
             saved = torch.load(place / "target.pt", map_location="cpu", weights_only=True)
         elif place and ((place / "config.json").exists() or (place / "ckpt.pt").exists()):
@@ -339,12 +338,6 @@ def load_target(place: Path | None) -> tuple[GPT | None, dict | None]:
         if biases.keys().isdisjoint(saved["model"]):  # nanoGPT's bias=False; those of a new model are 0
             saved["model"] |= biases
         model.load_state_dict(saved["model"])
-    except vpd.BadInput:
-        raise
-    except Exception as error:  # torch.load raises almost anything on a file that is not its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-        advice = "get it again, whole and not as a pointer of git-lfs, or choose another folder"
-        raise vpd.BadInput(f"{place} holds no model that can be read ({reason}): {advice}") from error
     return model, saved["record"]
 
 def write(file: Path, text: str) -> None:
