@@ -1084,7 +1084,7 @@ def atomic_write(path: Path):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
 
-def saved(decomposition: Decomposition) -> dict:
+def state_of(decomposition: Decomposition) -> dict:
     """A decomposition as a checkpoint holds it."""
     return {"U": decomposition.U, "V": decomposition.V, "G": decomposition.G.state_dict()}
 
@@ -1098,9 +1098,9 @@ def save_checkpoint(folder: Path, training: Training) -> None:
         each = [None] * world_size() if rank() == 0 else None
         dist.gather_object(own, each)
     if rank() == 0:
-        state = {"training": saved(training.decomposition), "average": saved(training.average), "each process": each,
+        state = {"training": state_of(training.decomposition), "average": state_of(training.average),
                  "optimizer_UV": training.optimizer_UV.state_dict(), "optimizer_G": training.optimizer_G.state_dict(),
-                 "step": training.step, "seconds": training.seconds, "versions": versions(training.sources.device),
+                 "each process": each, "step": training.step, "seconds": training.seconds, "versions": versions(training.sources.device),
                  "log_bytes": (folder / "log.jsonl").stat().st_size}  # fmt: skip
         with atomic_write(folder / "checkpoint.pt") as file:
             torch.save(state, file)
