@@ -1100,7 +1100,8 @@ def save_checkpoint(folder: Path, training: Training) -> None:
     if rank() == 0:
         state = {"training": state_of(training.decomposition), "average": state_of(training.average),
                  "optimizer_UV": training.optimizer_UV.state_dict(), "optimizer_G": training.optimizer_G.state_dict(),
-                 "each process": each, "step": training.step, "seconds": training.seconds, "versions": versions(training.sources.device),
+                 "each process": each, "versions": versions(training.sources.device),
+                 "step": training.step, "seconds": training.seconds,
                  "log_bytes": (folder / "log.jsonl").stat().st_size}  # fmt: skip
         with atomic_write(folder / "checkpoint.pt") as file:
             torch.save(state, file)
