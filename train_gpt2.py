@@ -281,7 +281,7 @@ def sample(ids: np.ndarray, T: int, B: int, validation: bool, generator: torch.G
 class Preset:
     """What fits a machine: the target and its training, and what is to be otherwise than in `vpd.sequence_config`."""
     shape: Shape
-    batch: int  # windows, for target and decomposition; of all processes together
+    batch: int  # windows, of all processes together; twice as many for the target, which then takes a third of the steps
     target_steps: int
     target_lr: float
     settings: dict
@@ -289,13 +289,13 @@ class Preset:
 PRESETS = {
     "laptop": Preset(  # 6 to 8 minutes on two cores; many small steps beat few large ones (but not with batch=4)
         Shape(layers=2, width=64, heads=4, context=64, vocabulary=1024), batch=8,
-        target_steps=10_000, target_lr=3e-3, settings={}),
+        target_steps=3500, target_lr=5e-3, settings={}),
     "gpu": Preset(  # for one GPU; not measured
         Shape(layers=4, width=256, heads=4, context=256, vocabulary=4096), batch=64,
-        target_steps=20_000, target_lr=1e-3, settings={"steps": 20_000, "bf16": True}),
+        target_steps=10_000, target_lr=1e-3, settings={"steps": 20_000, "bf16": True}),
     "paper": Preset(  # the published run, whose target was trained elsewhere; 8 GPUs, days; not measured
         Shape(layers=4, width=768, heads=6, context=512, vocabulary=50_304), batch=64,
-        target_steps=100_000, target_lr=6e-4,
+        target_steps=50_000, target_lr=6e-4,
         settings={"steps": 400_000, "lr": 5e-5, "muon": 0, "average": 0, "beta2": 0.999, "clip_G": math.inf,
                   "w_importance": 2e-4, "w_frequency": 1e-4, "shrink": 0, "adversary_steps": 2, "adversary_lr": 0.01,
                   "G_width": 2048, "G_blocks": 8, "G_heads": 16, "G_activations": False, "bf16": True})}  # fmt: skip
@@ -380,7 +380,8 @@ def train_target(run: Run, seed: int) -> dict:
         optimizer.param_groups[0]["lr"] = preset.target_lr * min(1, warmup, cosine)
         # from the step alone, so that there is nothing to save
         generator.manual_seed((seed * 10**9 + step - 1) * vpd.world_size() + vpd.rank())
-        batch = sample(run.ids, preset.shape.context, preset.batch // vpd.world_size(), False, generator).to(run.device)
+        windows = 2 * preset.batch // vpd.world_size()
+        batch = sample(run.ids, preset.shape.context, windows, False, generator).to(run.device)
         with vpd.precision(run.device, bf16):
             loss = cross_entropy(batch, model(batch))
         vpd.reject_if(not loss.isfinite(), f"the target's loss is not finite at step {step}: lower target_lr")

@@ -405,7 +405,7 @@ class Config:
     w_adversarial: float = 0.5  # [0.5]
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
-    w_delta: float = 0.1  # [1e7, of another form of loss 5] in the divergence's scale: with a KL of logits 50 serves
+    w_delta: float = 0.1  # [1e7, of another form of loss 5] in the divergence's scale: with a KL of logits 100 serves
     shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 for sequences
     price_start: float = 1.0  # [1] a factor on losses 3 and 4, falls geometrically to 1; ours: resid_mlp1 needs 120
     p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
@@ -425,13 +425,13 @@ def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
 
     ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a fifth
     of the time. lr: at width 64, from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18,
-    0.17, its cross-entropy 0.20, 0.17, 0.15 above the target's, L0 47, 49, 50. w_delta 50, not 1000: subcomponents move
+    0.17, its cross-entropy 0.20, 0.17, 0.15 above the target's, L0 47, 49, 50. w_delta 100, not 1000: subcomponents move
     sooner, and seeds agree better; the average over the last steps takes off the noise in Delta that this leaves."""
     check_matrices(model, C)
     width = statistics.mode(model.get_submodule(path).in_features for path in C)
     sizes = {"lr": 0.056 / width**0.5, "G_width": 8 * math.ceil(1.5 * width / 8), "G_blocks": max(1, len(C) // 12)}
     tuned = {"steps": 2500, "muon": 2.0, "lr_final": 0.1, "p_end": 0.4, "w_importance": 6.5e-4, "w_frequency": 3.5e-4,
-             "w_delta": 50.0, "shrink": 2.0, "adversary_steps": 0, "adversary_lr": 0.04}  # fmt: skip
+             "w_delta": 100.0, "shrink": 2.0, "adversary_steps": 0, "adversary_lr": 0.04}  # fmt: skip
     return Config(**sizes | tuned | settings)
 
 @dataclasses.dataclass
@@ -541,7 +541,8 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     parameters_G = list(training.decomposition.G.parameters())
     sources = training.sources
     set_learning_rates(training, config)
-    elapsed = training.step / config.steps
+    changing = max(1, (1 - config.average) * config.steps)  # steps; ours: while the average is taken, p and price rest
+    elapsed = min(1, training.step / changing)
     p = config.p_start + (config.p_end - config.p_start) * elapsed
     price = config.price_start ** (1 - elapsed)
 
