@@ -281,7 +281,7 @@ def sample(ids: np.ndarray, T: int, B: int, validation: bool, generator: torch.G
 class Preset:
     """What fits a machine: the target and its training, and what is to be otherwise than in `vpd.sequence_config`."""
     shape: Shape
-    batch: int  # windows, of all processes together; twice as many for the target, which then takes a third of the steps
+    batch: int  # windows, of all processes together; the target takes twice as many
     target_steps: int
     target_lr: float
     settings: dict

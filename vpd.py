@@ -396,7 +396,7 @@ class Config:
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
     lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.06 / sqrt(features) serves every size
     muon: float = 1.0  # [0] U and V step by Muon with muon * lr; 0: by AdamW with lr; ours: laptop L0 84, not 107
-    average: float = 0.1  # [0] the share of the steps over which U, V and G are averaged; ours: see sequence_config
+    average: float = 0.0  # [0] the share of the steps over which U, V and G are averaged; ours: 0.1 for sequences
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
@@ -425,13 +425,13 @@ def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
 
     ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a fifth
     of the time. lr: at width 64, from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18,
-    0.17, its cross-entropy 0.20, 0.17, 0.15 above the target's, L0 47, 49, 50. w_delta 100, not 1000: subcomponents move
-    sooner, and seeds agree better; the average over the last steps takes off the noise in Delta that this leaves."""
+    0.17, its cross-entropy 0.20, 0.17, 0.15 above the target's, L0 47, 49, 50. w_delta 100, not 1000: subcomponents
+    move sooner, and seeds agree better; the average takes off the noise in Delta that this leaves."""
     check_matrices(model, C)
     width = statistics.mode(model.get_submodule(path).in_features for path in C)
     sizes = {"lr": 0.056 / width**0.5, "G_width": 8 * math.ceil(1.5 * width / 8), "G_blocks": max(1, len(C) // 12)}
-    tuned = {"steps": 2500, "muon": 2.0, "lr_final": 0.1, "p_end": 0.4, "w_importance": 6.5e-4, "w_frequency": 3.5e-4,
-             "w_delta": 100.0, "shrink": 2.0, "adversary_steps": 0, "adversary_lr": 0.04}  # fmt: skip
+    tuned = {"steps": 2500, "muon": 2.0, "lr_final": 0.1, "average": 0.1, "p_end": 0.4, "w_importance": 6.5e-4,
+             "w_frequency": 3.5e-4, "w_delta": 100.0, "shrink": 2.0, "adversary_steps": 0, "adversary_lr": 0.04}
     return Config(**sizes | tuned | settings)
 
 @dataclasses.dataclass
