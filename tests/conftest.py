@@ -20,16 +20,6 @@ torch.set_num_threads(1)  # models so small that two threads would only wait for
 TEXT = "def first(self, x):\n    return '<b>' & x\n\n\nclass Name:\n\tdef second(self): return \"</script>\" \n" * 60
 TRANSFORMER = {"G_width": 32, "G_blocks": 1, "G_heads": 2}
 
-@pytest.fixture(autouse=True)
-def process_as_it_was():
-    """A command may choose threads and another precision of products for its process: the next test starts anew."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_flash_sdp(True)
-
 def same(a, b):
     """Equal to the last bit, through dicts, lists and tensors."""
     if isinstance(a, torch.Tensor):
@@ -68,9 +58,6 @@ SHORT = vpd.Config(steps=3)
 def rows(generator):
     return torch.randn(32, 4, generator=generator)
 
-def windows(generator):
-    return torch.randn(8, 4, 4, generator=generator)
-
 def net():
     """The same net every time."""
     torch.manual_seed(0)
@@ -106,7 +93,7 @@ def code_blocks(title):
 def tiny_preset(**changes):
     """Two layers of width 16; seconds."""
     shape = gpt.Shape(layers=2, width=16, heads=2, context=16, vocabulary=280)
-    settings = {"steps": 30, "lr": 5e-3, "w_importance": 3e-5, **TRANSFORMER, **changes}
+    settings = {"steps": 30, "lr": 5e-3, "w_importance": 3e-5, "w_frequency": 1e-4, **TRANSFORMER, **changes}
     return gpt.Preset(shape, batch=4, target_steps=60, target_lr=1e-2, settings=settings)
 
 def use_preset(patch, preset):
@@ -140,6 +127,7 @@ def command(monkeypatch, capsys):
     monkeypatch.setattr(vpd, "fresh_adversary", short_attack)
     monkeypatch.setattr(vpd, "prune", functools.partial(vpd.prune, steps=20))
     monkeypatch.setattr(vpd, "draw_run", lambda *_: None)  # that of `finished_run` is drawn
+    monkeypatch.setattr(gpt, "choose_precision", lambda _: None)  # for the whole process: later tests, too
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_gpt2.py", "--device", "cpu", *map(str, arguments)])
         gpt.main()

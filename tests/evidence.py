@@ -334,7 +334,7 @@ def share_in_a_second_head(run, alive: vpd.Decomposition, path: str) -> float:
     """Of the alive subcomponents of an attention matrix, the share that has over half of its largest norm in a head
     also in another. o reads from the heads, the others write to them."""
     in_heads = alive.V[path].T if path.endswith("o") else alive.U[path]
-    norm = in_heads.view(len(in_heads), run.model.shape.heads, -1).norm(dim=-1)
+    norm = in_heads.unflatten(1, (run.model.shape.heads, -1)).norm(dim=-1)
     large = norm > 0.5 * norm.amax(1, keepdim=True)
     return (large.sum(1) > 1).float().mean().item()
 

@@ -1,11 +1,9 @@
 """What people really have: token ids of any width and with headers, GPT-2s of any origin, texts of all kinds."""
 
-import codecs
 import collections
 import functools
 import json
 import math
-import random
 import unicodedata
 
 import numpy as np
@@ -83,23 +81,17 @@ def gpt2_folder(folder, state, dtype="F32", **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder
 
-def rewritten(dtype, prefix=""):
+def rewritten(folder, state, dtype, prefix=""):
     """With an older file's masks of attention, and the embedding once more as lm_head."""
-    def change(folder, state):
-        extras = {"lm_head.weight": state["wte.weight"], f"{prefix}h.0.attn.bias": torch.ones(1, 1, 10, 10)}
-        renamed = {prefix + name: x for name, x in state.items()}
-        write_safetensors(folder / "model.safetensors", renamed | extras, dtype)
-    return change
-
-def only_lm_head(folder, state):
-    others = {name: x for name, x in state.items() if name != "wte.weight"}
-    write_safetensors(folder / "model.safetensors", others | {"lm_head.weight": state["wte.weight"]}, "F32")
+    extras = {"lm_head.weight": state["wte.weight"], f"{prefix}h.0.attn.bias": torch.ones(1, 1, 10, 10)}
+    renamed = {prefix + name: x for name, x in state.items()}
+    write_safetensors(folder / "model.safetensors", renamed | extras, dtype)
 
 def in_shards(folder, state):
-    """As Hugging Face cuts large models."""
-    names = sorted(state)
-    for i, part in enumerate((names[::2], names[1::2]), 1):
-        write_safetensors(folder / f"model-0000{i}-of-00002.safetensors", {name: state[name] for name in part}, "F32")
+    """As Hugging Face cuts large models; with the embedding as lm_head alone."""
+    tensors = [(name.replace("wte", "lm_head"), x) for name, x in sorted(state.items())]
+    for i, part in enumerate((tensors[::2], tensors[1::2]), 1):
+        write_safetensors(folder / f"model-0000{i}-of-00002.safetensors", dict(part), "F32")
     (folder / "model.safetensors").unlink()
 
 def as_nanogpt(folder, state, bias=True):
@@ -116,17 +108,13 @@ def as_nanogpt(folder, state, bias=True):
     (folder / "model.safetensors").unlink()
     (folder / "config.json").unlink()
 
-GPT2S = [  # what becomes of the folder, the epsilon of the norms, the tolerance
-    (rewritten("F32"), 0.5, 1e-3),
-    (rewritten("F16"), 0.5, 0.02),
-    (rewritten("BF16", "module._orig_mod.transformer."), 0.5, 0.1),
-    (only_lm_head, 0.5, 1e-3),
+@pytest.mark.parametrize("change, epsilon, tolerance", [  # epsilon: of the norms
+    (functools.partial(rewritten, dtype="F16"), 0.5, 0.02),
+    (functools.partial(rewritten, dtype="BF16", prefix="module._orig_mod.transformer."), 0.5, 0.1),
     (in_shards, 0.5, 1e-3),
     (as_nanogpt, 1e-5, 1e-3),
     (functools.partial(as_nanogpt, bias=False), 1e-5, 1e-3),
-]
-
-@pytest.mark.parametrize("change, epsilon, tolerance", GPT2S)
+])
 def test_a_gpt2_of_any_origin_gives_the_logits_computed_by_hand(change, epsilon, tolerance, tmp_path):
     state = checkpoint()
     change(gpt2_folder(tmp_path, state, n_head=4, layer_norm_epsilon=epsilon), state)
@@ -135,39 +123,21 @@ def test_a_gpt2_of_any_origin_gives_the_logits_computed_by_hand(change, epsilon,
     logits = model(torch.tensor([ids]))[0].detach().numpy()
     assert abs(logits - logits_by_hand(state, ids, heads=4, epsilon=epsilon)).max() < tolerance
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 548105171\n"
-CUT = "holds no model that can be read .*: get it again, whole and not as a pointer of git-lfs"
-
 @pytest.mark.parametrize("file, damage, message", [
-    ("model.safetensors", lambda _: POINTER, CUT),
-    ("model.safetensors", lambda content: content[: len(content) // 2], CUT),
-    ("model.safetensors", lambda content: content.replace(b"ln_2", b"ln_3"), "no model that can be read .*norm_mlp"),
+    ("model.safetensors", lambda _: b"version https://git-lfs.github.com/spec/v1", "that can be read .*git-lfs"),
     ("model.safetensors", lambda content: content[:-2] + b"AA", "lm_head.weight is not wte.weight"),
-    ("config.json", lambda content: content[:-5], "holds no model that can be read .JSONDecodeError"),
     ("config.json", lambda content: content.replace(b"gelu_new", b"relu"), "its activation or its scale"),
-    ("config.json", lambda content: content.replace(b'd": 2', b'd": "2"'), "TypeError"),
-    ("config.json", lambda content: content.replace(b'd": 2', b'd": 0'), "ZeroDivisionError"),
-    ("config.json", lambda content: content.replace(b'r": 1', b'r": 0.5'), "TypeError"),
     ("config.json", lambda content: content.replace(b'd": 2', b'd": 3'), "n_head = 3 does not divide 128"),
-    ("ckpt.pt", lambda _: b"damaged", "holds no model that can be read"),
 ])
 def test_a_damaged_gpt2_and_another_model_are_refused_in_one_line(file, damage, message, tmp_path):
     state = checkpoint(layers=1)
     gpt2_folder(tmp_path, state | {"lm_head.weight": state["wte.weight"]})
-    before = (tmp_path / file).read_bytes() if file != "ckpt.pt" else b""
-    (tmp_path / file).write_bytes(damage(before))
+    (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
     with pytest.raises(vpd.BadInput, match=message) as refused:
         gpt.load_target(tmp_path)
     assert "\n" not in str(refused.value)
 
 # --- Token ids ---
-
-LLM_C = {20240520: np.uint16, 20240801: np.uint32}  # the number of the format -> its tokens
-
-def header_of_llm_c(magic, tokens):
-    header = np.zeros(256, np.int32)
-    header[:3] = magic, 1, tokens
-    return header.tobytes()
 
 @pytest.mark.parametrize("vocabulary", [4, 1024, 50_257, 128_256])
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64", "uint64"])
@@ -178,30 +148,13 @@ def test_ids_of_any_width_are_read_as_the_ids_that_they_are(dtype, vocabulary, t
     assert read.tolist() == ids.tolist()
     assert gpt.sample(read, 8, 4, False, torch.Generator()).max() < vocabulary
 
-@pytest.mark.parametrize("magic", LLM_C)
-def test_the_header_of_llm_c_is_no_tokens(magic, tmp_path):
+@pytest.mark.parametrize("magic, dtype", [(20240520, np.uint16), (20240801, np.uint32)])
+def test_the_header_of_llm_c_is_no_tokens(magic, dtype, tmp_path):
     ids = np.random.default_rng(0).integers(0, 50_257, 3000)
-    content = ids.astype(LLM_C[magic]).tobytes()
-    file = tmp_path / "ids.bin"
-    file.write_bytes(header_of_llm_c(magic, 3000) + content)
-    assert gpt.read_bin(file).tolist() == ids.tolist()
-
-IDS = np.random.default_rng(0).integers(0, 50_257, 3000)
-
-@pytest.mark.parametrize("content, message", [
-    (b"", "has 0 bytes"),
-    (IDS.astype(np.uint16).tobytes()[:-1], "has 5999 bytes"),
-    (np.array([5, 17, 1000, -100] * 500, np.int32).tobytes(), "negative"),
-])
-def test_a_damaged_bin_is_refused_by_what_is_true_of_it(content, message, tmp_path):
-    (tmp_path / "ids.bin").write_bytes(content)
-    with pytest.raises(vpd.BadInput, match=message):
-        gpt.read_bin(tmp_path / "ids.bin")
-
-def test_ids_beyond_uint16_are_kept_from_text_to_model():
-    tokenizer = gpt.Tokenizer([(97, 98)] * 66_000)  # all are the same merge: the last number counts
-    ids = tokenizer.encode("ab" * 4000)
-    assert (gpt.sample(ids, 8, 2, False, torch.Generator()) == 256 + 65_999).all()
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, 1, 3000
+    (tmp_path / "ids.bin").write_bytes(header.tobytes() + ids.astype(dtype).tobytes())
+    assert gpt.read_bin(tmp_path / "ids.bin").tolist() == ids.tolist()
 
 # --- Texts ---
 
@@ -250,15 +203,6 @@ def test_both_tokenizers_lose_nothing(tmp_path):
     for tokenizer in (gpt.gpt2_tokenizer(tmp_path), gpt.Tokenizer.learn(TEXT, 300)):
         for text in HARD_TEXTS:
             assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert gpt.Tokenizer([], gpt2=True).decode([39, 72, 50256]) == "Hi<50256>"
-
-def test_files_of_another_tokenizer_are_refused_in_one_line(tmp_path):
-    tokenizer_files(tmp_path)
-    numbers = json.loads((tmp_path / "vocab.json").read_text())
-    swapped = {"!": numbers["a"], "a": numbers["!"]}
-    (tmp_path / "vocab.json").write_text(json.dumps(numbers | swapped))
-    with pytest.raises(vpd.BadInput, match="does not number tokens as GPT-2 does"):
-        gpt.gpt2_tokenizer(tmp_path)
 
 def merge(word, pair, token):
     """The word with every occurrence of the pair, from the left, replaced by the token."""
@@ -281,16 +225,6 @@ def test_the_tokenizer_learns_the_merges_of_byte_pair_encoding_done_from_scratch
         words = [merge(word, pair, 256 + i) for word in words]
     # and encoding applies them in that order
     assert sum(words, []) == tokenizer.encode(TEXT).tolist()
-
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
-    (tmp_path / "text.txt").write_bytes(codecs.BOM_UTF8 + b"text")
-    assert gpt.read_text(tmp_path / "text.txt") == "text"
-
-@pytest.mark.parametrize("letters", ["ACGT", "0123456789", "字母", " \n"])
-def test_no_piece_of_a_text_without_spaces_is_long(letters):
-    text = "".join(random.Random(0).choices(letters, k=5000))
-    pieces = gpt.PIECES.findall(text)
-    assert "".join(pieces) == text and max(map(len, pieces)) <= 101
 
 def kind(x):
     """Letter, number, white space or another sign, as Unicode has it."""

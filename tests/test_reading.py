@@ -6,18 +6,15 @@ from torch import nn
 
 import train_gpt2 as gpt
 import vpd
+from conftest import Net
+from test_vpd import random_parts
 
 EMBEDDINGS = ("tokens", "positions")
 
 def random_decomposition(model, n):
-    """A random decomposition, n parts a matrix, of all matrices of a model in float64."""
-    U = {}
-    V = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            d_out, d_in = module.weight.shape
-            U[path] = torch.randn(n, d_out).double()
-            V[path] = torch.randn(d_in, n).double() / d_in**0.5
+    """A random decomposition, n parts a matrix, of all matrices of a model."""
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    U, V = random_parts(model, dict.fromkeys(linears, n))
     return vpd.Decomposition(U, V, nn.Identity())  # whose importance function is never asked
 
 def random_gpt():
@@ -79,23 +76,13 @@ def test_an_edge_is_the_change_of_its_target_per_change_of_its_sources_write_wit
         slope = ((changed[0] - changed[1]) / 2e-5).item()
         assert edge["attribution"] == pytest.approx(slope, rel=1e-4, abs=1e-8), (source, target)
 
-class Linear(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.first = nn.Linear(4, 6)
-        self.second = nn.Linear(6, 3)
-
-    def forward(self, ids):
-        x = self.embedding(ids)  # (1, T, 4)
-        return self.second(self.first(x) + torch.cat([x, x[..., :2]], -1))
-
 def test_on_a_linear_model_attributions_with_those_of_bias_and_delta_add_up_to_what_is_attributed():
     torch.manual_seed(0)
-    model = Linear().double()
+    linear = Net(lambda net, x: net.last(net.first(x)) + x[..., :3])
+    model = nn.Sequential(nn.Embedding(7, 4), linear).double()
     decomposition = random_decomposition(model, 5)
-    masks = {path: torch.rand(1, 4, 6).double() for path in ("first", "second")}  # Delta's mask too
-    output, activations, writes = vpd.cut_forward(model, decomposition, masks, torch.randint(7, (1, 4)), ("embedding",))
-    for value in (output[0, 2, 1], *activations["second"].flatten()):
+    masks = {path: torch.rand(1, 4, 6).double() for path in ("1.first", "1.last")}  # Delta's mask too
+    output, activations, writes = vpd.cut_forward(model, decomposition, masks, torch.randint(7, (1, 4)), ("0",))
+    for value in (output[0, 2, 1], *activations["1.last"].flatten()):
         found = vpd.attributions(value, decomposition, masks, activations, writes)
         assert sum(x.sum() for x in found.values()).item() == pytest.approx(value.item(), rel=1e-9)

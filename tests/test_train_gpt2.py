@@ -26,11 +26,6 @@ def write_ids(folder, vocabulary):
     ids.tofile(folder / "ids.bin")
     return folder / "ids.bin"
 
-def test_a_bin_takes_the_tokenizer_of_a_gpt2_folder(tmp_path):
-    names = tokenizer_files(tmp_path / "gpt2")
-    ids, tokenizer = gpt.load_corpus(str(write_ids(tmp_path, 4000)), len(names), tmp_path / "gpt2")
-    assert len(ids) == 4000 and tokenizer.decode([0]) == "!"
-
 def test_validation_windows_never_overlap_training_windows_and_lie_all_over_the_corpus():
     ids = np.arange(50_000, dtype=np.uint16)
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +44,6 @@ def test_the_share_of_compute_recovered_is_read_off_the_targets_curve():
 
 @pytest.mark.parametrize("content, message", [
     (None, "cannot be read"),
-    (b"", "is empty"),
     (b"hello world", "at least 640"),
     (b"na\xefve text" * 1000, "utf-8"),
 ])
@@ -76,13 +70,6 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt, "CHECKPOINT_SECONDS", -1)
     (tmp_path / "text.txt").write_text(TEXT.replace("Name", "Näme"), encoding="utf-8")
     return preset
-
-def test_the_evaluation_set_depends_on_the_target_alone(small):
-    ids = np.arange(50_000, dtype=np.uint16)
-    expected = gpt.validation_batches(ids, small, "cpu")
-    assert sum(batch.numel() for batch in expected) == 256
-    changed = dataclasses.replace(tiny_preset(steps=100), batch=64)
-    assert same(gpt.validation_batches(ids, changed, "cpu"), expected)
 
 def results(folder):
     """What a run computed, without how long it took."""
@@ -156,10 +143,6 @@ def one_of_two(rank, folder):
             except KeyboardInterrupt:
                 torch.distributed.destroy_process_group()
 
-def test_a_run_that_another_process_makes_is_refused(refused, small, tmp_path):
-    with vpd.own_folder(tmp_path / "run", "run.lock"):
-        refused("is in use by another process", "--data", tmp_path / "text.txt", "--out", tmp_path / "run")
-
 def test_two_processes_of_torchrun_go_on_where_they_were_stopped_and_end_the_same(small, tmp_path, capfd):
     torch.multiprocessing.spawn(one_of_two, (tmp_path,), 2)
     printed, _ = capfd.readouterr()
@@ -195,16 +178,10 @@ def test_a_gpt2_without_tokenizer_is_decomposed_on_ids_and_its_page_shows_number
     refused("lacks vocab.json and merges.txt", "--init-from", folder, "--data", tmp_path / "text.txt", "--out", out)
     assert not out.exists()
     command("--init-from", folder, "--data", write_ids(tmp_path, 280), "--out", out)
-    assert not (out / "tokens.npy").exists()  # a .bin is not copied
     command("--out", out, "--report")
     shown = set(re.findall("<code>(.*?)</code>", (out / "report.html").read_text()))
     assert shown and shown <= {f" {i}" for i in range(280)}
     refused("has no tokenizer for prompts", "--out", out, "--report", "def")
-
-def test_a_batch_that_does_not_divide_over_the_processes_is_refused(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(vpd, "world_size", lambda: 3)
-    with pytest.raises(vpd.BadInput, match="batch of 4 does not divide over 3 processes"):
-        gpt.prepare_run(gpt.SETTINGS | {"data": str(tmp_path / "text.txt")}, tmp_path / "run", "cpu")
 
 class Gated(gpt.MLP):
     """An MLP with a gate."""

@@ -2,11 +2,9 @@
 
 import collections
 import copy
-import dataclasses
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,9 +65,8 @@ def test_a_masked_pass_leaves_no_trace_even_if_it_raises():
     model, U, V, x, masks = make(dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
     vpd.masked_forward(model, U, V, masks, x)
-    for broken in ({**masks, "last": masks["last"][..., :-2]}, {**masks, "nowhere": masks["last"]}):
-        with pytest.raises(Exception):
-            vpd.masked_forward(model, U, V, broken, x)
+    with pytest.raises(RuntimeError):
+        vpd.masked_forward(model, U, V, {**masks, "last": masks["last"][..., :-2]}, x)
     assert same(model.state_dict(), before)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -152,8 +149,6 @@ def test_importance_transformer_sees_both_directions_and_not_the_other_sequences
     after = G(inputs, {}, {})
     changed = (after - before)[..., 3:].abs().amax(-1) > 1e-6  # (2, 7), of b
     assert changed[0].all() and not changed[1].any()
-    scaled = G({path: 100 * x for path, x in inputs.items()}, {}, {})
-    torch.testing.assert_close(scaled, after, rtol=1e-3, atol=1e-3)  # inputs are RMS-normalised
 
 def test_a_score_of_the_transformer_sees_the_size_of_its_own_activation_and_of_no_other():
     model, U, V, x, _ = make(dtype=torch.float32)
@@ -174,12 +169,6 @@ def test_kl_against_its_definition():
     q = output.softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     assert vpd.kl(target, output).item() == pytest.approx(expected.item(), rel=1e-5)
-
-def test_minimality_gradient_is_finite_where_importances_are_zero():
-    z = torch.tensor([[0.0, -1.0, 1e-38, 0.5]], requires_grad=True)
-    S, positions = vpd.usage(z, 0.4)
-    vpd.frequency_minimality(S, positions).backward()
-    assert z.grad.isfinite().all() and z.grad[0, 1] == 0 and z.grad[0, 3] > 0
 
 def explicit_relative_delta(model, U, V):
     ratios = []
@@ -246,17 +235,20 @@ def to_float64(model, training, config):
     training.sources = training.sources.detach().double()
     training.ascent = vpd.start_ascent(training.sources, config.adversary_lr)
 
-@pytest.mark.parametrize("shape, settings", [((16,), {"shrink": 2.0}), ((4, 4), TRANSFORMER)])
-def test_losses_gradients_and_ascents_of_a_step_are_those_worked_out_by_hand(shape, settings, monkeypatch):
+@pytest.mark.parametrize("shape, settings, step, p, price", [
+    ((16,), {"shrink": 2.0}, 45, 1.5, 3),  # halfway: p from 2 to 1, the price (a geometric mean) from 9 to 1
+    ((4, 4), TRANSFORMER, 95, 1.0, 1),  # in the last tenth, which is averaged, both rest
+])
+def test_losses_gradients_and_ascents_of_a_step_are_as_worked_out_by_hand(shape, settings, step, p, price, monkeypatch):
     """In float64, with weights that are built position by position, as their definition says."""
     weights = {"w_importance": 0.3, "w_frequency": 0.1, "w_delta": 0.7, "p_end": 1.0, "price_start": 9.0}
     adversary = {"adversary_steps": 1, "adversary_lr": 0.3}
-    config = vpd.Config(steps=100, clip_UV=math.inf, clip_G=math.inf, **weights, **adversary, **settings)
+    config = vpd.Config(steps=100, average=0.1, clip_UV=math.inf, clip_G=math.inf, **weights, **adversary, **settings)
     model, training, x = start(config, shape)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # so that only rounding of float64 may differ
     to_float64(model, training, config)
     x = x.double()
-    training.step = 45  # half of the first 90 %, in which p falls from 2 to 1, and a factor from 9 to 1
+    training.step = step
     found = training.decomposition
     leaves = [*found.U.values(), *found.V.values(), *found.G.parameters()]
     target, inputs = vpd.forward_with_inputs(model, C, x)
@@ -277,7 +269,7 @@ def test_losses_gradients_and_ascents_of_a_step_are_those_worked_out_by_hand(sha
     r = training.sources.detach().clone().requires_grad_()
     (uphill,) = torch.autograd.grad(0.5 * error(r), r, retain_graph=True)
     once = (r + 0.3 * uphill.sign()).clamp(0, 1).detach().requires_grad_()
-    S = (vpd.upper_leaky(z) + 1e-12).pow(1.5).sum(0)
+    S = (vpd.upper_leaky(z) + 1e-12).pow(p).sum(0)
     losses = {
         "stochastic": error(drawn),
         "adversarial": error(once),
@@ -285,7 +277,7 @@ def test_losses_gradients_and_ascents_of_a_step_are_those_worked_out_by_hand(sha
         "frequency_minimality": (S * torch.log2(1 + S)).sum() / 16,
         "relative_delta": explicit_relative_delta(model, found.U, found.V),
     }
-    factors = (0.5, 0.5, 3 * 0.3, 3 * 0.1, 0.7)
+    factors = (0.5, 0.5, price * 0.3, price * 0.1, 0.7)
     total = sum(factor * loss for factor, loss in zip(factors, losses.values()))
     *expected, again = torch.autograd.grad(total, [*leaves, once])
     momentum = (0.25 * uphill + 0.5 * again) / 0.75
@@ -302,7 +294,7 @@ def test_losses_gradients_and_ascents_of_a_step_are_those_worked_out_by_hand(sha
     assert all(parameter.grad is None for parameter in model.parameters())
 
 @pytest.mark.parametrize("shape, settings", [((12,), {}), ((3, 5), {**TRANSFORMER, "G_activations": False})])
-def test_in_bfloat16_losses_are_those_of_float32_and_scores_delta_and_parameters_stay_in_float32(shape, settings):
+def test_in_bfloat16_losses_are_those_of_float32_and_delta_and_parameters_stay_in_float32(shape, settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 4), Net()).eval()
     batch = torch.randint(11, shape)
@@ -318,30 +310,12 @@ def test_in_bfloat16_losses_are_those_of_float32_and_scores_delta_and_parameters
     for x in (*found.U.values(), *found.V.values(), *found.G.parameters()):
         assert x.dtype == x.grad.dtype == torch.float32
 
-    _, z = vpd.predict_scores(model, found, batch)
-    _, exact = vpd.predict_scores(model, dataclasses.replace(found, bf16=False), batch)
-    assert z.dtype == torch.float32 and not z.equal(exact)
-    if settings:  # of the transformer: more than bfloat16's 8 bits: the last product is of float32, too
-        assert not z.equal(z.bfloat16().float())
-
-def test_a_start_leaves_all_random_states_as_they_were(monkeypatch):
-    model = Net()
-    before = torch.get_rng_state()
-    monkeypatch.delattr(torch, "manual_seed")  # it reseeds the generators of all devices
-    vpd.initialize(model, C, torch.zeros(2, 4), vpd.Config())
-    assert torch.equal(torch.get_rng_state(), before)
-
 def test_weights_sources_data_and_noise_draw_from_streams_of_their_own():
-    model = Net()
-    x = torch.zeros(50, 4)
-    first = vpd.initialize(model, C, x, vpd.Config())
+    first = vpd.initialize(Net(), C, torch.zeros(50, 4), vpd.Config())
     streams = [first.sources.detach()]
     for generator in (first.data_generator, first.noise_generator, torch.Generator().manual_seed(0)):  # 0: of weights
         streams.append(torch.rand(50, 15, generator=generator))
-    for one, other in itertools.combinations(streams, 2):
-        assert abs(np.corrcoef(one.flatten(), other.flatten())[0, 1]) < 0.15
-    another = vpd.initialize(model, C, x, vpd.Config(seed=1))
-    assert not same(another.decomposition.U, first.decomposition.U) and not same(another.sources, first.sources)
+    assert (torch.corrcoef(torch.stack(streams).flatten(1)) - torch.eye(4)).abs().max() < 0.15
 
 @pytest.mark.parametrize("muon", [2.0, 0.0])
 def test_u_and_v_step_by_orthogonal_matrices_with_muon_and_by_adamw_without(muon):
