@@ -149,7 +149,7 @@ class Toy:
 
     def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
         """The setting of a toy model: one for each kind; what depends on its size follows from the size.
-        lr: Adam and Muon move every entry by about lr a step, and the entries of a direction of length 1 shrink with
+        lr: Adam and Muon move every entry in proportion to lr, and the entries of a direction of length 1 shrink with
         the root of their number. With two thirds of it, subcomponents that do the same do not merge in time. Price: MSE
         is a mean over N outputs, so a feature's share in it is 1 / N. price_start: from a high price down, a feature is
         more often found as one subcomponent."""

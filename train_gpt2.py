@@ -359,7 +359,7 @@ def train_target(run: Run, seed: int) -> dict:
     steps = preset.target_steps
     parameters = list(model.parameters())
     fused = not run.device.startswith("mps")
-    # Muon halves the steps, but its matrices have a higher rank: more parts, and an attack gets three times as far
+    # not Muon: its matrices have a higher rank, so that an attack on the decomposition gets three times as far
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
     generator = torch.Generator()
     validation = validation_batches(run.ids, preset, run.device)
@@ -1005,7 +1005,7 @@ def main() -> None:
     add("--init-from", metavar="FOLDER", help="decompose the target of this run, or a GPT-2 as downloaded")
     add("--steps", type=int, help="of the decomposition (default: the preset's)")
     add("--batch", type=int, help="windows in a step, of all processes together (default: the preset's)")
-    add("--C", type=float, metavar="FACTOR", help="this many times the preset's subcomponents (default: 1)")
+    add("--C", type=float, metavar="FACTOR", help="this many times 0.7 (d_in + d_out) subcomponents (default: 1)")
     add("--seed", type=int, help="of the target and the decomposition (default: 0)")
     add("--out", type=Path, help="run folder (default: runs/PRESET)")
     add("--device", default=best_device, help="cpu, cuda or mps (default: the best there is)")

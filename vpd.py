@@ -196,7 +196,7 @@ def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> 
 def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
     """||U_c|| V_c^T x of every subcomponent, (..., sum C), for inputs x of the matrices {path: (..., d_in)}."""
     # U is detached, so that no loss moves a score by resizing what is written. V is not: it may turn to what tells
-    # better whether its subcomponent is needed
+    # best whether its subcomponent is needed
     return torch.cat([x @ V[path] * U[path].detach().norm(dim=-1) for path, x in inputs.items()], -1)
 
 class ImportanceMLPs(nn.Module):
@@ -391,12 +391,12 @@ class Muon(torch.optim.Optimizer):
 class Config:
     """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model. Other
     comments name toys of toy_models.py and presets of train_gpt2.py. L0: the mean number of g > 0 at a position.
-    On a new model tune in this order: w_importance, w_delta, lr, adversary_lr, w_frequency, C (of `decompose`)."""
+    On a new model tune what `verdict` names, then lr and adversary_lr."""
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
     lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.06 / sqrt(features) serves every size
-    muon: float = 1.0  # [0] U and V step by Muon with muon * lr; 0: by AdamW with lr; ours: laptop L0 84, not 107
-    average: float = 0.0  # [0] the share of the steps over which U, V and G are averaged; ours: 0.1 for sequences
+    muon: float = 1.0  # [0] U and V step by Muon with muon * lr; 0: by AdamW with lr; ours: L0 a fifth lower
+    average: float = 0.0  # [0] over which share of the steps U, V and G are averaged; ours: 0.1 for sequences
     lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
@@ -405,10 +405,10 @@ class Config:
     w_adversarial: float = 0.5  # [0.5]
     w_importance: float = 1e-4  # [2e-4] too high: importances sink below 1, reconstruction fails; too low: all on
     w_frequency: float = 2e-3  # [1e-4] the logarithm grows with the batch: tune it again when the batch changes much
-    w_delta: float = 0.1  # [1e7, of another form of loss 5] in the divergence's scale: with a KL of logits 100 serves
+    w_delta: float = 0.1  # [1e7, of another form of loss 5] in the divergence's scale: for a language model's KL 100
     shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 for sequences
     price_start: float = 1.0  # [1] a factor on losses 3 and 4, falls geometrically to 1; ours: resid_mlp1 needs 120
-    p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly over the run
+    p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly until the average
     p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
     adversary_lr: float = 0.01  # [0.01] of the ascent on the sources, after a linear warm-up over 2.5 % of the run
     adversary_steps: int = 2  # [2] inner ascent steps; the loss adds one; with a higher adversary_lr, 0 is enough
@@ -423,8 +423,8 @@ def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
     shall be otherwise. Derived from the sizes: G is 1.5 times as wide as most matrices' inputs, the residual stream,
     and half as deep as a transformer of six matrices a layer. lr goes with 1 / sqrt(width), as most of V starts.
 
-    ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough, and saves a fifth
-    of the time. lr: at width 64, from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18,
+    ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough. lr: at width 64,
+    from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18,
     0.17, its cross-entropy 0.20, 0.17, 0.15 above the target's, L0 47, 49, 50. w_delta 100, not 1000: subcomponents
     move sooner, and seeds agree better; the average takes off the noise in Delta that this leaves."""
     check_matrices(model, C)
@@ -443,7 +443,7 @@ class Decomposition:
     bf16: bool = False  # the precision that G was trained in, and must be evaluated in
 
 def parameters(decomposition: Decomposition) -> list[Tensor]:
-    """U, V and those of G, of all matrices."""
+    """All that is trained: U, V and the parameters of G."""
     return [*decomposition.U.values(), *decomposition.V.values(), *decomposition.G.parameters()]
 
 @dataclasses.dataclass
@@ -528,7 +528,7 @@ def set_learning_rates(training: Training, config: Config) -> None:
 
 @torch.no_grad()
 def update_average(training: Training, config: Config) -> None:
-    """U, V and G averaged over some of the last steps, exponentially. ours: the noise of single steps averages out."""
+    """U, V and G, exponentially averaged over some of the last steps. ours: the noise of single steps averages out."""
     rate = 1 / max(1, min(training.step + 1, config.average * config.steps))
     for average, x in zip(parameters(training.average), parameters(training.decomposition)):
         average.lerp_(x, rate)
@@ -541,7 +541,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     parameters_G = list(training.decomposition.G.parameters())
     sources = training.sources
     set_learning_rates(training, config)
-    changing = max(1, (1 - config.average) * config.steps)  # steps; ours: while the average is taken, p and price rest
+    changing = max(1, (1 - config.average) * config.steps)  # ours: for the last steps p and the price rest
     elapsed = min(1, training.step / changing)
     p = config.p_start + (config.p_end - config.p_start) * elapsed
     price = config.price_start ** (1 - elapsed)
@@ -952,7 +952,7 @@ def rank_0_first():
         dist.barrier()
 
 def keep_memory() -> None:
-    """Keep freed blocks of up to 32 MB (glibc): to get them from Linux again, at each step, took a tenth of it."""
+    """Keep freed blocks of up to 32 MB (glibc): to ask Linux for them again took a tenth of a step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt and mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; M_TRIM_THRESHOLD alone slows
         mallopt(-1, 2**31 - 1)

@@ -13,7 +13,7 @@ figures = json.loads(Path(sys.argv[2]).read_text())["figures"]
 rows = {"KL: stochastic masks": "divergence, stochastic", "KL: rounded": "divergence, rounded at 0", "L0": "L0"}
 stale = False
 for row, name in rows.items():
-    cells = re.search(rf"^\| {re.escape(row)}[^|]*\| *([\d.]+)", readme, re.M)
+    cells = re.search(rf"^{re.escape(row)}[^|]*\| *([\d.]+)", readme, re.M)
     if not cells:
         sys.exit(f"error: the README's table has no row {row!r}")
     cell = cells[1]

@@ -154,8 +154,8 @@ def losses(run, out: Path):
         cosines = mean_cosines(alive_only(one, metrics), alive_only(other, its_metrics))
         rows[name] |= {f"MMCS {what}": cosine for what, cosine in cosines.items()}
         attack = (torch.tensor(metrics["attack"]) + torch.tensor(its_metrics["attack"])) / 2
-        axis.plot(attack, label=name)
-    axis.set(xlabel="steps of the attack", yscale="log")
+        axis.plot(attack, ("-", "--", ":")[len(rows) % 3], label=name)
+    axis.set(xlabel="steps of the attack", yscale="log", ylim=0.03)  # without minimality all is on: 4e-6
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     figure.set_size_inches(8, 4)
     return rows, {}, figure
@@ -258,7 +258,8 @@ def seeds(run, out: Path):
     axis.scatter([0, 1, 2], [0.48, 0.52, 0.28], color="black", zorder=3, label="published, subcomponents")
     axis.set_xticks([x + 0.32 for x in range(3)], ["U (decoder)", "V (encoder)", "product"])
     axis.set(ylim=(0, 1))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the bars
+    figure.set_size_inches(8, 4)
     return rows, {}, figure
 
 def sizes(run, out: Path):
