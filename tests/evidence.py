@@ -14,7 +14,7 @@
     edit         a subcomponent is made to write another token, beside a random one
     components   which subcomponents are active together, and do they belong together? (a run of toy_models.py)
 
-`attention`, `edit` and `components` take seconds, the others up to an hour and a half of one thread. Repeated, a killed
+`attention`, `edit` and `components` take seconds, the others up to an hour of one thread. Repeated, a killed
 one goes on. One at a time: claims share decompositions.
 [VPD] is "Interpreting Language Model Parameters" (2026); its figures are those of another, larger model."""
 
