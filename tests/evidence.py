@@ -214,6 +214,7 @@ def transcoders(run, out: Path):
             axis.plot(on, [row["attacked"] for row in mine], f"{marker}:", label=f"{kind}, attacked")
         axis.set(xscale="log", yscale="log", xlabel="on at a position, per MLP", ylabel="KL from the target (nats)")
         axis.set_xticks(KS, KS)
+        axis.set_yticks([0.03, 0.1, 0.3], [0.03, 0.1, 0.3])
         axis.minorticks_off()  # their labels overlap
         axis.legend(fontsize=8)
     return rows, {}, figure
