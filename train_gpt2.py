@@ -287,7 +287,7 @@ class Preset:
     settings: dict
 
 PRESETS = {
-    "laptop": Preset(  # 6 to 8 minutes on two cores; many small steps beat few large ones (but not with batch=4)
+    "laptop": Preset(  # 6 minutes on two cores; many small steps beat few large ones (but not with batch=4)
         Shape(layers=2, width=64, heads=4, context=64, vocabulary=1024), batch=8,
         target_steps=3500, target_lr=5e-3, settings={}),
     "gpu": Preset(  # for one GPU; not measured
