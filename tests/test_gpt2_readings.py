@@ -107,7 +107,7 @@ def test_a_circuit_is_written_with_its_graph_and_three_prunings(bf16, run, comma
 
 def test_the_readmes_section_on_python_runs_as_it_stands(run, capsys):
     (code,) = code_blocks("In Python")
-    exec(code.replace('"runs/laptop"', repr(str(run.folder))), {})
+    exec(code.replace('"runs/laptop"', repr(str(run.folder))).replace(", 207", ", 28"), {})  # a part of a small run
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(re.fullmatch(r"(['\"]).+\1 (-?[\d.e-]+|nan)", line) for line in lines)
 
