@@ -424,9 +424,9 @@ def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
     and half as deep as a transformer of six matrices a layer. lr goes with 1 / sqrt(width), as most of V starts.
 
     ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough. lr: at width 64,
-    from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18,
-    0.17, its cross-entropy 0.20, 0.17, 0.15 above the target's, L0 47, 49, 50. w_delta 100, not 1000: subcomponents
-    move sooner, and seeds agree better; the average takes off the noise in Delta that this leaves."""
+    from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18, 0.17, its cross-entropy 0.20,
+    0.17, 0.15 above the target's, L0 47, 49, 50. w_delta 100, not 1000: subcomponents move sooner, and seeds agree
+    better; the average takes off the noise in Delta that this leaves."""
     check_matrices(model, C)
     width = statistics.mode(model.get_submodule(path).in_features for path in C)
     sizes = {"lr": 0.056 / width**0.5, "G_width": 8 * math.ceil(1.5 * width / 8), "G_blocks": max(1, len(C) // 12)}
