@@ -87,7 +87,7 @@ class Head(nn.Module):
 
 class InductionTransformer(nn.Module):
     """Tokens (B, T), a BOS of number 0 first -> logits (B, T, tokens + 1): attention only, no norm, weights by hand.
-    Layer 0 writes the token before (behind the first half; elsewhere a mean of tokens, which does no harm). Where a
+    Layer 0 writes the token before (if that is of the first half; else a mean of tokens, which does no harm). Where a
     token stands for the second time, layer 1 attends to the position after its first place and copies the token there
     to the logits; elsewhere mostly to BOS, which has no vector. Each matrix reads one block of the stream (if it read
     all, it could trade tokens for positions), and attention and logits are far from saturated, so that sizes count."""
@@ -144,19 +144,19 @@ class Toy:
         return (2 * value - 1) * (present < 1 / self.features) if self.layers else value * (present < 0.05)
 
     def evaluation_data(self, seed: int) -> Tensor:
-        """Inputs that are never trained on."""
+        """Inputs from a generator that training does not use."""
         return self.batch(torch.Generator().manual_seed(10_000 + seed), 1_024 if self.length else 20_000)
 
     def config(self, seed: int, without: tuple[str, ...] = ()) -> vpd.Config:
         """The setting of a toy model: one for each kind; what depends on its size follows from the size.
         lr: Adam and Muon move every entry in proportion to lr, and the entries of a direction of length 1 shrink with
-        the root of their number. With two thirds of it, subcomponents that do the same do not merge in time. Price: MSE
-        is a mean over N outputs, so a feature's share in it is 1 / N. price_start: from a high price down, a feature is
+        the root of their number. At two thirds of it, duplicates of a subcomponent do not merge in time. Price: MSE is
+        a mean over N outputs, so a feature's share in it is 1 / N. price_start: from a high price down, a feature is
         more often found as one subcomponent."""
         N = self.features
         # ours: adversary_steps=0, because the ascent that comes with the loss is enough
         config = vpd.Config(steps=2000, seed=seed, lr=0.06 / N**0.5, w_importance=1e-4 / N, w_frequency=2e-3 / N,
-                            price_start=7.5, adversary_steps=0)  # fmt: skip
+                            price_start=7.5, adversary_steps=0)
         if self.identity:
             # An identity is needed, and paid for, whenever any feature is present. At the price above it comes apart
             # where many are present at once; without an identity the price below is too low.
@@ -231,7 +231,8 @@ def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tu
     path = out / "target.pt"
     wanted = {"toy": asdict(toy), "seed": seed}
     torch.manual_seed(seed)
-    model = toy.model().to(device)
+    with vpd.refusing((RuntimeError, AssertionError), f"there is no device {device!r} here", "leave out --device"):
+        model = toy.model().to(device)
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         with vpd.atomic_write(path) as file:  # opened before the training: a folder that takes no file ends it here
@@ -374,7 +375,7 @@ def draw_subcomponents(toy: Toy, model, decomposition: vpd.Decomposition, path: 
     target = in_features(toy, model, path, model.get_submodule(path).weight)
     total = in_features(toy, model, path, (decomposition.V[path] @ decomposition.U[path]).T)
     panels = {"target": target, "sum of all": total}
-    panels |= {f"subcomponent {n}": matrix for n, matrix in enumerate(alive.matrices[:60])}
+    panels |= {f"subcomponent {c}": matrix for c, matrix in zip(alive.numbers.tolist(), alive.matrices[:60])}
     limit = 1.1 * target.abs().max().item()
     across = min(7, len(panels))
     down = math.ceil(len(panels) / across)

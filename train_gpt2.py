@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Callable
 
 # A thread that waits for another first spins (GNU's OpenMP), by default for milliseconds: beside one busy program a
-# step then takes 4 times as long. 2000 is some 50 microseconds, about what a wake-up costs: 2.6 times as long.
-# (OMP_WAIT_POLICY=PASSIVE, no spinning: 1.0 times, but two threads are then as slow as one.) Read as torch is imported.
+# step then takes 3.3 times as long. 2000 is some 50 microseconds, about what a wake-up costs: 2.6 times. (Without
+# spinning, OMP_WAIT_POLICY=PASSIVE, 1.5; but two threads are then slower than one.) Read as torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # A notebook's names a module that is not here, and matplotlib then fails at its import. Pictures only go to files.
 os.environ["MPLBACKEND"] = "agg"
@@ -122,7 +122,7 @@ class GPT(nn.Module):
         return (self.norm(x) @ self.tokens.weight.T).to(x.dtype)  # float32 as the stream, under autocast too
 
 def subcomponents(model: GPT, factor: float) -> dict[str, int]:
-    """Into how many subcomponents each matrix is decomposed, {path: C}. Factor 1: in all as many as [VPD] has."""
+    """Into how many subcomponents each matrix is decomposed, {path: C}. Factor 1: about as many as [VPD] has."""
     C = {}
     for path, module in model.named_modules():
         if path.endswith(MATRICES):
@@ -136,8 +136,8 @@ def readout(model: GPT) -> Tensor:
     return E - E.mean(1, keepdim=True)  # the norm takes off the mean
 
 # ---- The tokenizer: byte-pair encoding, learned from the text, or GPT-2's ------------------------------------------
-# No merge crosses a border of pieces (a word with the space before it, indentation, signs), which hold the whole text.
-# They are short: `learn` counts a piece anew when a pair in it is merged, and a text without spaces (DNA) would be one.
+# The text is cut into pieces: a word with the space before it, a number, signs, white space. No token spans two pieces.
+# At most 100 characters each: `learn` recounts a piece after every merge in it, and DNA would else be a single piece.
 PIECES = re.compile(r" ?[^\W\d_]{1,100}| ?\d{1,100}| ?[^\w\s]{1,100}| ?_{1,100}|\s{1,100}")
 GPT2_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d]+| ?\d+| ?[^\w\s]+|\s+(?!\S)|\s+")
 
@@ -244,9 +244,9 @@ def read_text(file: Path) -> str:
 
 def read_bin(file: Path) -> np.ndarray:
     """Token ids, memory-mapped: uint16, as nanoGPT writes them, or int32 or int64, announced on stderr; without the
-    header of llm.c, if there is one. Raises BadInput if there are none, or negative ones, and OSError."""
+    header of llm.c, if there is one. Raises BadInput if there are none or one of the first is negative, and OSError."""
     size = file.stat().st_size
-    vpd.reject_if(size % 2 or not size, f"{file} has {size} bytes: give a file of uint16 or uint32 token ids")
+    vpd.reject_if(size % 2 or not size, f"{file} has {size} bytes: give a file of uint16, int32 or int64 token ids")
     ids = np.memmap(file, dtype=np.uint16, mode="r")
     if int.from_bytes(ids[:2].tobytes(), "little") in (20240520, 20240801):
         ids = ids[512:]  # after the header of llm.c, which begins with the number of its format
@@ -264,7 +264,7 @@ def read_bin(file: Path) -> np.ndarray:
 def sample(ids: np.ndarray, T: int, B: int, validation: bool, generator: torch.Generator) -> Tensor:
     """(B, T) token ids, windows that lie wholly in training or in validation stretches. Raises BadInput if the corpus
     is too short to have both."""
-    stretch = min(STRETCH, len(ids) // 10)
+    stretch = min(max(STRETCH, T), len(ids) // 10)
     vpd.reject_if(stretch < T, f"the corpus has {len(ids)} tokens; for windows of {T} give one of at least {10 * T}")
     number = len(ids) // stretch
     of_validation = number // 10
@@ -298,11 +298,11 @@ PRESETS = {
         target_steps=50_000, target_lr=6e-4,
         settings={"steps": 400_000, "lr": 5e-5, "muon": 0, "average": 0, "beta2": 0.999, "clip_G": math.inf,
                   "w_importance": 2e-4, "w_frequency": 1e-4, "shrink": 0, "adversary_steps": 2, "adversary_lr": 0.01,
-                  "G_width": 2048, "G_blocks": 8, "G_heads": 16, "G_activations": False, "bf16": True})}  # fmt: skip
+                  "G_width": 2048, "G_blocks": 8, "G_heads": 16, "G_activations": False, "bf16": True})}
 EVALUATED = 16_384  # positions of validation text
 SOME = 2048  # the first of them, for attributions
 WINDOWS = 8  # in a batch of validation text
-CHECKPOINT_SECONDS = 60  # what a kill costs at most
+CHECKPOINT_SECONDS = 60  # of training, which a kill costs at most
 
 def validation_batches(ids: np.ndarray, preset: Preset, device: str) -> list[Tensor]:
     """The evaluation set, for the target's curve and all its decompositions: (WINDOWS, T) each. It depends on the
@@ -325,7 +325,7 @@ def validation_loss(model: GPT, batches: list[Tensor], bf16: bool = False) -> fl
 def load_target(place: Path | None) -> tuple[GPT | None, dict | None]:
     """The model that the folder of a run or of a GPT-2 holds, on the CPU, and the record of its training; None twice if
     there is none. Raises BadInput if a file is damaged or of another model; see `read_gpt2`."""
-    advice = "get it again, whole and not as a pointer of git-lfs, or choose another folder"
+    advice = "get it again, whole, with model.safetensors and not a pointer of git-lfs, or choose another folder"
     with vpd.refusing(Exception, f"{place} holds no model that can be read", advice):
         if place and (place / "target.pt").exists():
             saved = torch.load(place / "target.pt", map_location="cpu", weights_only=True)
@@ -350,7 +350,7 @@ def save_target(model: GPT, record: dict, folder: Path) -> None:
     with vpd.atomic_write(folder / "target.pt") as file:
         torch.save({"shape": asdict(model.shape), "model": model.state_dict(), "record": record}, file)
 
-def train_target(run: Run, seed: int) -> dict:
+def train_target(run: Run) -> dict:
     """Train the model (AdamW, warm-up, cosine to a tenth), or go on where a killed run stopped; writes target.pt.
     Returns {"curve": [(step, validation cross-entropy)], "seconds"}. Raises BadInput if the loss is not finite."""
     model = run.model
@@ -379,7 +379,7 @@ def train_target(run: Run, seed: int) -> dict:
         cosine = 0.55 + 0.45 * math.cos(math.pi * (step - 1) / steps)
         optimizer.param_groups[0]["lr"] = preset.target_lr * min(1, warmup, cosine)
         # from the step alone, so that there is nothing to save
-        generator.manual_seed((seed * 10**9 + step - 1) * vpd.world_size() + vpd.rank())
+        generator.manual_seed((run.config.seed * 10**9 + step - 1) * vpd.world_size() + vpd.rank())
         windows = 2 * preset.batch // vpd.world_size()
         batch = sample(run.ids, preset.shape.context, windows, False, generator).to(run.device)
         with vpd.precision(run.device, bf16):
@@ -412,7 +412,8 @@ GPT2_NAMES = {"wte": "tokens", "wpe": "positions", "ln_f": "norm", "ln_1": "norm
               "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}  # Hugging Face's names -> ours
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: 8 bytes, a length; a header so long, JSON; tensors. Raises if it is cut."""
+    """The tensors of a .safetensors file: 8 bytes, the length of the header; the header, JSON; the tensors. Raises if
+    it is cut."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
@@ -426,8 +427,8 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def read_gpt2(folder: Path) -> dict:
     """A GPT-2 of any size, as downloaded, or nanoGPT's ckpt.pt (with GPT-2's GELU), as `save_target` saves a target:
-    {"shape": sizes, "model": {name in `GPT`: weights}, "record"}. Raises BadInput if it computes otherwise than `GPT`,
-    and almost any other error if a file is damaged."""
+    {"shape": sizes, "model": {name in `GPT`: weights}, "record"}. Raises BadInput if config.json says that it computes
+    otherwise than `GPT` (ckpt.pt does not name its GELU), and almost any other error if a file is damaged."""
     if (folder / "ckpt.pt").exists():
         saved = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
         config = saved["model_args"]
@@ -445,7 +446,7 @@ def read_gpt2(folder: Path) -> dict:
     heads = config["n_head"]
     vpd.reject_if(width % heads, f"{folder}: n_head = {heads} does not divide {width}: mend it")
     shape = {"layers": config["n_layer"], "width": width, "heads": heads, "context": context,
-             "vocabulary": len(given["wte.weight"]), "epsilon": config.get("layer_norm_epsilon", 1e-5)}  # fmt: skip
+             "vocabulary": len(given["wte.weight"]), "epsilon": config.get("layer_norm_epsilon", 1e-5)}
     transposed = given["h.0.attn.c_attn.weight"].shape[0] == width  # Hugging Face's Conv1D stores (d_in, d_out)
     tied = given.pop("lm_head.weight", given["wte.weight"]).equal(given["wte.weight"])
     vpd.reject_if(not tied, f"{folder}: lm_head.weight is not wte.weight; give a GPT-2 where they are the same")
@@ -484,8 +485,8 @@ class Run:
     device: str
 
 def load_corpus(data: str, vocabulary: int, place: Path | None) -> tuple[np.ndarray, Tokenizer | None]:
-    """Token ids (tokens,) and their tokenizer, from the folder of a run or a GPT-2, or else from the data: a text that
-    is encoded, or a .bin, which has a tokenizer only if the folder has one. Raises BadInput: see the readers."""
+    """Token ids (tokens,) and their tokenizer. data: a text, or a .bin of ids. place: the folder of a run or a GPT-2,
+    whose tokenizer is used; a run has the tokens, too. A .bin brings none. Raises BadInput: see the readers."""
     tokenizer = None
     if place and (place / "vocab.json").exists():  # a GPT-2, whose tokenizer.json is of another kind
         tokenizer = gpt2_tokenizer(place)
@@ -529,6 +530,8 @@ def prepare_run(settings: dict, folder: Path, device: str) -> Run:
     vpd.reject_if(source and not model, f"{place} is no run with a finished target, and no GPT-2: give another folder")
     shape = model.shape if model else preset.shape
     ids, tokenizer = load_corpus(settings["data"], shape.vocabulary, place)
+    context = min(shape.context, preset.shape.context)
+    sample(ids, context, 1, True, torch.Generator())  # raises if the corpus is too short
     too_many = model and tokenizer and len(tokenizer.bytes) > shape.vocabulary
     vpd.reject_if(too_many, f"{place}: its tokenizer has more tokens than the model: give its own")
     if not model:
@@ -539,9 +542,7 @@ def prepare_run(settings: dict, folder: Path, device: str) -> Run:
     elif not begun:
         wrong = f"the corpus has the token id {ids.max()}, but the target's vocabulary has {shape.vocabulary}"
         vpd.reject_if(ids.max() >= shape.vocabulary, f"{wrong}: give ids of its own tokenizer")
-    shape = replace(shape, context=min(shape.context, preset.shape.context))
-    preset = replace(preset, shape=shape, batch=batch)
-    sample(ids, shape.context, 1, True, torch.Generator())  # raises if the corpus is too short
+    preset = replace(preset, shape=replace(shape, context=context), batch=batch)
     C = subcomponents(model, settings["C"])
     config = vpd.sequence_config(model, C, **preset.settings | {"seed": settings["seed"]})
     config = replace(config, steps=settings["steps"] or config.steps)
@@ -556,7 +557,7 @@ def open_run(settings: dict, folder: Path, device: str) -> Run:
     with vpd.rank_0_first():  # the others load what process 0 has saved
         run = prepare_run(settings, folder, device)
     if not run.record:
-        run.record = train_target(run, settings["seed"])
+        run.record = train_target(run)
     preset = run.preset
     out = folder / "decomposition"
     if (folder / "metrics.json").exists():  # finished: read by one process, whatever the number that made it
@@ -599,8 +600,7 @@ def evaluate(run: Run) -> dict:
         figures["bits per byte"] = ce / math.log(2) * len(ids) / max(1, sum(lengths))
     figures["parameters of the target"] = sum(x.numel() for x in run.model.parameters())
     log = run.folder / "decomposition" / "log.jsonl"
-    last_line = log.read_text().splitlines()[-1]
-    seconds = json.loads(last_line)["seconds"]
+    seconds = json.loads(log.read_text().splitlines()[-1])["seconds"]
     figures["tokens per second"] = run.config.steps * preset.batch * preset.shape.context / seconds
     figures["minutes, target"] = run.record["seconds"] / 60
     figures["minutes, decomposition"] = seconds / 60
@@ -613,7 +613,7 @@ def evaluate(run: Run) -> dict:
 # ---- Reading: the page of all subcomponents -------------------------------------------------------------------------
 FIRES = 0.1  # a subcomponent fires where its causal importance exceeds this ([VPD] section 8)
 SHOWN = 3000  # subcomponents on the page, an equal share for each matrix: its most important
-FLOWS = 18_000  # divided by the number of matrices: how many in all, the clearest, get sources and targets
+FLOWS = 18_000  # divided by the number of matrices: so many of all, the clearest, are traced to their sources
 EXAMPLES = 10  # of each
 AROUND = 12  # tokens on either side of an example
 VISIBLE = {i: 0x2400 + i for i in range(32)} | {9: "→", 10: "⏎"}  # signs for control characters
@@ -640,7 +640,7 @@ def encoded(run: Run, text: str) -> Tensor:
     """A prompt as (1, T) token ids. Raises BadInput if the run has no tokenizer, or the prompt is empty or too long."""
     vpd.reject_if(not run.tokenizer, f"{run.folder} has no tokenizer for prompts: make a run on text, or from a GPT-2")
     ids = run.tokenizer.encode(text).astype(np.int64)
-    wrong = f"the prompt {text[:40]!r} has {len(ids)} tokens: the model takes 1 to {run.preset.shape.context}"
+    wrong = f"the prompt {text[:40]!r} has {len(ids)} tokens: this run takes 1 to {run.preset.shape.context}"
     vpd.reject_if(not 1 <= len(ids) <= run.preset.shape.context, wrong)
     return torch.from_numpy(ids)[None].to(run.device)
 
@@ -680,16 +680,17 @@ def clearness(tokens: Tensor, usual: Tensor, fires: Tensor) -> float:
     return sum(share - usual[i].item() for i, share in commonest(tokens, fires)) * n / (n + 20)
 
 @torch.enable_grad()
-def flows(of: Reading, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
-    """How much subcomponents (path, c) add directly to each other's activation, summed over where the target fires
-    ([VPD]'s dataset-aggregated attributions): {name: {"sources": [(sum, name)], "targets"}}, the strongest first."""
+def flows(of: Reading, parts: list[tuple[str, int]]) -> dict[str, dict]:
+    """How much subcomponents (path, c) add directly to each other's activation, summed over where the target fires in
+    the first SOME tokens ([VPD]'s dataset-aggregated attributions): {name: {"sources": [(sum, name)], "targets"}}, the
+    strongest first."""
     U = of.decomposition.U
     total = collections.defaultdict(float)  # (path of the source, name of the target) -> (C,)
     some = SOME * 12 // len(U) // of.batches[0].numel()  # SOME for 12 matrices; for more matrices less text
     for batch in vpd.with_progress(of.batches[: max(1, some)], "attributions"):
         _, g = vpd.predict_importances(of.model, of.decomposition, batch)
         _, activations, writes = vpd.cut_forward(of.model, of.decomposition, g, batch)
-        for path, c in subcomponents[: FLOWS // len(U)]:
+        for path, c in parts[: FLOWS // len(U)]:
             fires = g[path][..., c] > FIRES
             if fires.any():
                 value = activations[path][..., c][fires].sum()
@@ -700,7 +701,7 @@ def flows(of: Reading, subcomponents: list[tuple[str, int]]) -> dict[str, dict]:
         for c in x.abs().topk(min(20, len(x))).indices.tolist():
             edges.append((x[c].item(), f"{source_path}:{c}", target))
     edges.sort(key=lambda edge: -abs(edge[0]))
-    strongest = {f"{path}:{c}": {"sources": [], "targets": []} for path, c in subcomponents}
+    strongest = {f"{path}:{c}": {"sources": [], "targets": []} for path, c in parts}
     for x, source, target in edges:
         if source in strongest and x != 0:  # some are not on the page
             strongest[target]["sources"].append((x, source))
@@ -711,9 +712,9 @@ def code(of: Reading, *tokens: int) -> str:
     """Tokens in HTML."""
     return "".join(f"<code>{html.escape(of.decode([i]).translate(VISIBLE))}</code>" for i in tokens)
 
-def examples(of: Reading, ids: Tensor, g: Tensor, fires: Tensor) -> str:
+def examples(of: Reading, ids: Tensor, g: Tensor) -> str:
     """Random places where a subcomponent fires, one a line, in HTML; shaded by its importance g (N, T) there."""
-    places = fires.nonzero().cpu()
+    places = (g > FIRES).nonzero().cpu()
     chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:EXAMPLES]
     lines = []
     for n, t in places[chosen].tolist():
@@ -737,9 +738,9 @@ def entry(of: Reading, path: str, c: int, side: str, seen: tuple, raised: Tensor
         facts["raises"] = " ".join(code(of, token) for token in raised.topk(6).indices.tolist())
         facts["lowers"] = " ".join(code(of, token) for token in raised.neg().topk(6).indices.tolist())
     for end, others in edges.items():
-        facts[end] = ", ".join(f'<a href="#{name}">{name}</a> {x:.2g}' for x, name in others[:5]) or "none"
+        facts[end] = ", ".join(f'<a href="#{name}">{name}</a> {x:.2g}' for x, name in others[:5]) or "none traced"
     rows = "".join(f"<dt>{title}<dd>{fact}" for title, fact in facts.items())
-    lines = examples(of, ids, g[path][..., c], fires)
+    lines = examples(of, ids, g[path][..., c])
     inside = f'<div id="{path}:{c}"><dl>{rows}</dl>{lines}</div>'  # the anchor is inside: a link to it opens the entry
     return f"<details><summary><b>{path}:{c}</b>{side} {facts[side]}</summary>{inside}</details>"
 
@@ -756,8 +757,8 @@ def answer(of: Reading, ids: Tensor, shown: dict) -> str:
     return f"<h2><code>{html.escape(of.decode(ids[0].tolist()))}</code></h2><dl>{''.join(rows)}</dl>"
 
 def report(of: Reading, file: str | Path, prompts: list[Tensor] = ()) -> str:
-    """Write a page: what fires on prompts (1, T), and every subcomponent that fires, of each matrix the clearest first.
-    Returns a line for the terminal."""
+    """Write a page: what fires on prompts (1, T), and the subcomponents that fire (of each matrix at most SHOWN divided
+    by the number of matrices), the clearest first. Returns a line for the terminal."""
     g, a = observe(of)
     ids = torch.cat(of.batches)
     usual = torch.bincount(ids.flatten()) / ids.numel()
@@ -812,9 +813,10 @@ p span { overflow: hidden; white-space: nowrap } p span:first-child { text-align
 mark { background: color-mix(in srgb, light-dark(#ff9a1f, #a85d00) var(--g), transparent); color: inherit }
 </style><h1>The parts of a language model</h1>
 <p>Every weight matrix of this model was written as a sum of <em>parts</em>, each of which reads one direction and
-writes one. A part <em>fires</em> at a token where the prediction needs it (its causal importance exceeds 0.1); the
-others can be taken away there, in any combination, and the prediction hardly changes. Of each matrix, at most MOST
-parts follow, first those whose tokens say most clearly when they fire; L0 is how many are needed at a token.</p>
+writes one. A part is <em>on</em> at a token where its causal importance exceeds 0, and <em>fires</em> where it exceeds
+0.1. Those that are off can be taken away there, in any combination, and the prediction hardly changes; L0 is how many
+are on at a token. Of each matrix, at most MOST parts follow, first those whose tokens say most clearly when they
+fire.</p>
 <table><tr><th>matrix<th>alive<th>of<th>L0
 ROWS</table>
 """
@@ -824,7 +826,7 @@ COST = 2e-3  # of a node while pruning, in nats of cross-entropy
 PRUNINGS = {  # whether masks are random while pruning, and whether an adversary chooses them
     "importances alone": (False, False), "stochastic": (True, False), "stochastic and adversarial": (True, True)}
 
-def judge(of: Reading, ids: Tensor, target: Tensor, g: dict[str, Tensor], loss, movable: Tensor) -> dict[str, float]:
+def judge(of: Reading, ids: Tensor, g: dict[str, Tensor], loss, movable: Tensor) -> dict[str, float]:
     """How many nodes importances g keep, and the loss (logits -> scalar) of the prediction: with g as masks, with those
     above 0 at 1, and under a fresh adversary that moves what is movable (1, T, K); all else stays random."""
     U, V = of.decomposition.U, of.decomposition.V
@@ -833,13 +835,13 @@ def judge(of: Reading, ids: Tensor, target: Tensor, g: dict[str, Tensor], loss, 
     with torch.no_grad(), vpd.precision(ids.device, of.decomposition.bf16):
         result["g as masks"] = loss(vpd.masked_forward(of.model, U, V, g, ids)).item()
         result["rounded"] = loss(vpd.masked_forward(of.model, U, V, rounded, ids)).item()
-    case = (ids, target, g)
+    case = (ids, None, g)  # the loss needs no target
     attack = vpd.fresh_adversary(of.model, of.decomposition, [case], lambda _, x: loss(x), ids.shape, movable)
     return result | {f"attack {steps}": attack[steps] for steps in (20, 40, 80)}
 
 def circuit(of: Reading, ids: Tensor, token: int | None = None) -> dict:
-    """What three ways of pruning leave of the prediction of a token, by default the target's best, after ids (1, T):
-    see `judge`. And the attribution graph after the last of them. A dict for JSON."""
+    """Prune in three ways to what predicts a token after ids (1, T), by default the target's best; judge each, and take
+    the attribution graph of the last. A dict for JSON."""
     target, g = vpd.predict_importances(of.model, of.decomposition, ids)
     token = int(target[0, -1].argmax()) if token is None else token
     def loss(logits):
@@ -847,31 +849,34 @@ def circuit(of: Reading, ids: Tensor, token: int | None = None) -> dict:
     def outcome(logits):
         return logits[0, -1, token] - logits[0, -1].mean()  # the mean, because the softmax ignores it
     active = vpd.side_by_side(g) > 0
-    prunings = {"not pruned": judge(of, ids, target, g, loss, active)}
+    prunings = {"not pruned": judge(of, ids, g, loss, active)}
     for name, (stochastic, adversarial) in PRUNINGS.items():
         pruned = vpd.prune(of.model, of.decomposition, g, ids, loss, COST, stochastic, adversarial)
-        prunings[name] = judge(of, ids, target, pruned, loss, active)
+        prunings[name] = judge(of, ids, pruned, loss, active)
     graph = vpd.attribution_graph(of.model, of.decomposition, pruned, ids, outcome, of.embeddings, share=0.005)
     return {"token": token, "ids": ids[0].tolist(), "target": loss(target).item(),
-            "prunings": prunings, "pruned_graph": graph}  # fmt: skip
+            "prunings": prunings, "pruned_graph": graph}
 
 def draw_circuit(of: Reading, result: dict, file: Path) -> None:
-    """The attributions of a `circuit` with over 3 % of all into their target. Positions across, matrices up."""
+    """The attributions of a `circuit` with over 5 % of all into their target. Positions across, matrices up; a part is
+    its number."""
     nodes = result["pruned_graph"]["nodes"]
-    edges = [edge for edge in result["pruned_graph"]["edges"] if edge["share"] > 0.03]
+    edges = [edge for edge in result["pruned_graph"]["edges"] if edge["share"] > 0.05]
     texts = [repr(of.decode([i])) for i in result["ids"]]
     rows = list(dict.fromkeys(node["matrix"] for node in nodes))  # in the order in which they run
     cells = collections.defaultdict(list)  # (matrix, position) -> its nodes
     for n in sorted({edge["source"] for edge in edges} | {edge["target"] for edge in edges}):
         cells[nodes[n]["matrix"], nodes[n]["position"]].append(n)
-    figure = matplotlib.figure.Figure((max(7, 1.15 * len(texts)), 1 + 0.45 * len(rows)), layout="constrained")
+    figure = matplotlib.figure.Figure((max(7, 1.5 * len(texts)), 1 + 0.45 * len(rows)), layout="constrained")
     axis = figure.subplots()
     place = {}  # of each node
     for (path, position), inside in cells.items():
         row = rows.index(path)
         for i, n in enumerate(inside):  # side by side within the cell
             place[n] = (position + 0.8 * ((i + 0.5) / len(inside) - 0.5), row)
-            axis.scatter(*place[n], s=45, color=matplotlib.colormaps["tab20"](row % 20), zorder=2)
+            number = nodes[n]["subcomponent"] if path in of.decomposition.U else " "
+            box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "gray"}
+            axis.text(*place[n], number, fontsize=7, ha="center", va="center", bbox=box, zorder=2)
     for edge in edges:
         colour = "#1f6fb4" if edge["attribution"] > 0 else "#c85200"
         ends = zip(place[edge["source"]], place[edge["target"]])  # both x, both y
@@ -879,7 +884,7 @@ def draw_circuit(of: Reading, result: dict, file: Path) -> None:
     rows[-1] = f"outcome: {of.decode([result['token']])!r}"
     axis.set_xticks(range(len(texts)), texts, parse_math=False)  # a dollar is a dollar
     axis.set_yticks(range(len(rows)), rows, parse_math=False)
-    axis.set(xlabel="position", title="what each part that is left gets from others (blue raises, orange lowers)")
+    axis.set(xlabel="position", title="what each part that is left gets from others (blue raises it, orange lowers it)")
     figure.savefig(file, dpi=110)
 
 def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
@@ -888,9 +893,8 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
     inputs = [encoded(run, prompt) for prompt in prompts]
     token = None
     if token_text is not None:
-        tokens = [run.tokenizer.decode([i]) for i in encoded(run, token_text)[0]]
-        vpd.reject_if(len(tokens) > 1, f"{token_text!r} is not one token but {tokens}: give one")
-        token = encoded(run, token_text).item()
+        token, *more = encoded(run, token_text)[0].tolist()
+        vpd.reject_if(more, f"{token_text!r} is not one token but {1 + len(more)}: give one")
     of = reading(run)
     lines = []
     for number, ids in vpd.with_progress(enumerate(inputs, 1), "circuits"):
@@ -938,25 +942,23 @@ def choose_settings(given: dict, folder: Path, reads: bool = False) -> dict:
     return settings
 
 def choose_precision(device: str) -> None:
-    """On a CPU with AVX-512 bfloat16, let oneDNN multiply: on an AMD EPYC twice as fast, and still in float32. Not if
+    """On a CPU with AVX-512 bfloat16, let oneDNN multiply: on some AMD EPYC twice as fast, and still in float32. Not if
     there is AMX, which may round the factors to bfloat16 (nobody has measured it). For this process: only a command
     calls it."""
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch < 2.10 has none
     exact = features.get("avx512_bf16") and not features.get("amx_tile")
     if device == "cpu" and exact and torch.backends.cpu.get_cpu_capability() == "AVX512":
         torch.set_float32_matmul_precision("medium")
-        torch.backends.cuda.enable_flash_sdp(False)  # it is the CPU's, too, and ten times slower so
+        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too: with oneDNN ten times slower
 
 def start_process(device: str) -> str:
     """Make this process ready, under torchrun one of several. Returns its device. Raises BadInput if there is none."""
     local_rank = os.environ.get("LOCAL_RANK")  # set by torchrun
-    try:
+    with vpd.refusing((RuntimeError, AssertionError), f"there is no device {device!r} here", "leave out --device"):
         if device == "cuda" and local_rank:
             device = f"cuda:{local_rank}"
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise vpd.BadInput(f"there is no device {device!r} here: give --device cpu, or leave it out") from None
     if local_rank:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     choose_precision(device)
@@ -969,8 +971,7 @@ def command(options: argparse.Namespace) -> None:
     vpd.reject_if(options.token is not None and options.circuit is None, "--token needs --circuit PROMPT to explain")
     vpd.reject_if(reads and "LOCAL_RANK" in os.environ, "a run is read by one process: leave out torchrun")
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
-    folder = options.out or Path("runs") / given.get("preset", SETTINGS["preset"])
-    folder = folder.expanduser()
+    folder = (options.out or Path("runs") / given.get("preset", SETTINGS["preset"])).expanduser()
     device = start_process(options.device)
     with vpd.rank_0_first():
         settings = choose_settings(given, folder, reads)

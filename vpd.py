@@ -129,7 +129,7 @@ def masked_linear(module: nn.Linear, x: Tensor, output: Tensor, U: Tensor, V: Te
 # two of them, because two forces act on g, and each has to reach a score that has left [0, 1]:
 #   lower_leaky  is used in the masks. Reconstruction raises g: its gradient leaks through where z < 0.
 #   upper_leaky  is used in the minimality losses. They lower g: their gradient leaks through where z > 1.
-# Only lower_leaky(z) is called g. upper_leaky(z), which losses 3 and 4 count and which can exceed 1, is the *charge*.
+# Only lower_leaky(z) is called g. Losses 3 and 4 count upper_leaky(z), *upper-leaky g*, which can exceed 1.
 
 class _LowerLeaky(torch.autograd.Function):
     @staticmethod
@@ -193,7 +193,7 @@ def route(sources: Tensor, U: dict[str, Tensor], generator: torch.Generator) -> 
 # (..., sum C). Both are made from shapes = {path: (d_in, C)} and the settings. Sequences, whose matrices see inputs
 # (B, T, d_in), get the transformer; all others the MLPs.
 
-def own_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
+def subcomponent_activations(inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
     """||U_c|| V_c^T x of every subcomponent, (..., sum C), for inputs x of the matrices {path: (..., d_in)}."""
     # U is detached, so that no loss moves a score by resizing what is written. V is not: it may turn to what tells
     # best whether its subcomponent is needed
@@ -216,7 +216,7 @@ class ImportanceMLPs(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(C, 1, 1))
 
     def forward(self, inputs: dict[str, Tensor], U: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
-        a = own_activations(inputs, U, V)  # (..., sum C)
+        a = subcomponent_activations(inputs, U, V)  # (..., sum C)
         a_by_c = a.reshape(-1, a.shape[-1]).T[..., None]  # (sum C, positions, 1)
         h = F.gelu(torch.baddbmm(self.b_in, a_by_c, self.w_in.abs()))  # (sum C, positions, 4)
         z = torch.baddbmm(self.b_out, h, self.w_out.abs(), alpha=4)  # (sum C, positions, 1)
@@ -273,7 +273,7 @@ class ImportanceTransformer(nn.Module):
         x = self.blocks(self.project(x).float())  # under autocast a product is bfloat16, the residual stream float32
         with torch.autocast(x.device.type, enabled=False):  # scores in float32: bfloat16 has only 8 bits
             z = self.read_out(x)  # (B, T, sum C)
-        return z if self.gain is None else z + self.gain * own_activations(inputs, U, V).abs().float()
+        return z if self.gain is None else z + self.gain * subcomponent_activations(inputs, U, V).abs().float()
 
 # ---- 4  The five losses ([VPD] section 4) ---------------------------------------------------------------------------
 def mse(target: Tensor, output: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ def kl(target: Tensor, output: Tensor) -> Tensor:
 
 def stochastic_reconstruction(model, U, V, g, batch, target, divergence: Divergence, generator, shrink=0.0) -> Tensor:
     """Loss 1. The divergence from the target for sources ~ U(0, 1) under subset routing: one sample; scalar. ours: all
-    sources of a position times one u^shrink, u ~ U(0, 1). Independent ones always leave about half of the unneeded."""
+    sources of a position times one u^shrink, u ~ U(0, 1): else about half of what is not needed always stays."""
     sources = torch.rand(g.shape, generator=generator, device=g.device, dtype=g.dtype)
     if shrink:
         sources *= torch.rand(*g.shape[:-1], 1, generator=generator, device=g.device, dtype=g.dtype) ** shrink
@@ -300,8 +300,8 @@ def adversarial_reconstruction(model, U, V, g, batch, target, divergence: Diverg
     return divergence(target, masked_forward(model, U, V, by_path(make_masks(g, sources), U), batch))
 
 def usage(z: Tensor, p: float) -> tuple[Tensor, int]:
-    """What losses 3 and 4 share: S_c = sum of charge_c^p over the positions of the GLOBAL batch, (sum C,), and how many
-    positions these are. Where z <= 0, the charge and its slope are 0: only the other scores, soon a few in a hundred,
+    """What losses 3 and 4 share: S_c = sum of (upper-leaky g_c)^p over the positions of the GLOBAL batch, (sum C,), and
+    how many positions these are. Where z <= 0, it and its slope are 0: only the other scores, soon a few in a hundred,
     are raised to the power."""
     z = z.flatten(0, -2)  # (positions, sum C)
     position, c = (z > 0).nonzero(as_tuple=True)
@@ -346,10 +346,10 @@ def ascend(ascent: torch.optim.Optimizer, sources: Tensor, gradient: Tensor) -> 
     sources.clamp_(0, 1)
 
 def orthogonalize(X: Tensor) -> Tensor:
-    """About the nearest orthogonal matrix of each in a stack (..., n, m), n <= m: of X = A S B^T (its SVD) A B^T, but
-    singular values above 1/400 of X's Frobenius norm become 0.68 to 1.21, and not 1.
+    """For each X (n, m), n <= m, of a stack: about A B^T, the nearest orthogonal matrix, where A S B^T is the SVD of X.
+    A singular value above 1/400 of X's Frobenius norm becomes 0.68 to 1.21, and not exactly 1.
 
-    Each round maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which grows small ones fast and holds
+    Each round maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which raises small ones fast and holds
     large ones near 1; these coefficients do so in five rounds. (Newton-Schulz iteration; Jordan et al., 2024,
     kellerjordan.github.io/posts/muon.) No SVD is needed, only products of matrices."""
     X = X / (torch.linalg.matrix_norm(X, keepdim=True) + 1e-7)  # no singular value above 1; 1e-7: X may be 0
@@ -390,14 +390,14 @@ class Muon(torch.optim.Optimizer):
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a decomposition. In brackets: the value of the published run on a 4-layer language model. Other
-    comments name toys of toy_models.py and presets of train_gpt2.py. L0: the mean number of g > 0 at a position.
+    comments name toys of toy_models.py. L0: the mean number of g > 0 at a position.
     On a new model tune what `verdict` names, then lr and adversary_lr."""
     steps: int = 3000  # [400,000] training steps
     seed: int = 0  # fixes everything: on CPU bit for bit, with equal threads and an equal version of torch
     lr: float = 3e-3  # [5e-5] AdamW, for G; on TMS 0.06 / sqrt(features) serves every size
     muon: float = 1.0  # [0] U and V step by Muon with muon * lr; 0: by AdamW with lr; ours: L0 a fifth lower
     average: float = 0.0  # [0] over which share of the steps U, V and G are averaged; ours: 0.1 for sequences
-    lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours: 0, no gain was measured
+    lr_final: float = 0.0  # [0.1] the share of lr that is left at the end of its cosine; ours, without a measured gain
     beta2: float = 0.99  # [0.999] of AdamW; ours: old gradients damp late steps less (resid_mlp1: L0 0.79, not 0.87)
     clip_UV: float = 0.01  # [0.01] largest gradient norm of U and V together; Muon normalizes its steps: little effect
     clip_G: float = 1.0  # [none] largest gradient norm of G; ours: it can explode as p falls below 1 (toys: never did)
@@ -408,10 +408,10 @@ class Config:
     w_delta: float = 0.1  # [1e7, of another form of loss 5] in the divergence's scale: for a language model's KL 100
     shrink: float = 0.0  # [0] random sources times one u^shrink a position, u ~ U(0, 1); ours: 2 for sequences
     price_start: float = 1.0  # [1] a factor on losses 3 and 4, falls geometrically to 1; ours: resid_mlp1 needs 120
-    p_start: float = 2.0  # [2.0] the exponent of both minimality losses, annealed linearly until the average
-    p_end: float = 0.5  # [0.4] ours: no gain was measured; at 1, almost all stay alive
+    p_start: float = 2.0  # [2.0] the exponent of losses 3 and 4; falls linearly to p_end until the average
+    p_end: float = 0.5  # [0.4] ours, without a measured gain; at 1, almost all stay alive
     adversary_lr: float = 0.01  # [0.01] of the ascent on the sources, after a linear warm-up over 2.5 % of the run
-    adversary_steps: int = 2  # [2] inner ascent steps; the loss adds one; with a higher adversary_lr, 0 is enough
+    adversary_steps: int = 2  # [2] inner ascent steps; the loss adds one; 0 was enough on all toys and sequences
     G_width: int = 128  # [2048] the width of G, if it is a transformer: more than the target's residual stream
     G_blocks: int = 2  # [8] its depth: 0.5 to 2 times the target's
     G_heads: int = 4  # [16] its attention heads
@@ -419,14 +419,14 @@ class Config:
     bf16: bool = False  # [True] matrix products in bfloat16 (autocast), for GPUs
 
 def sequence_config(model: nn.Module, C: dict[str, int], **settings) -> Config:
-    """Where to start with sequences and a divergence of logits, as `Config()` is where to start without. settings: what
-    shall be otherwise. Derived from the sizes: G is 1.5 times as wide as most matrices' inputs, the residual stream,
-    and half as deep as a transformer of six matrices a layer. lr goes with 1 / sqrt(width), as most of V starts.
+    """Where to start with sequences and a divergence of logits; else start with `Config()`. settings: fields to be set
+    otherwise. From the sizes: G is 1.5 times as wide as the residual stream (the most common d_in), and has a block for
+    every 12 matrices, half as many as a target of six a layer. lr goes with 1 / sqrt(width), as V's first entries.
 
-    ours: adversary_steps=0, at four times the rate: the ascent that is free with the loss is enough. lr: at width 64,
-    from 5e-3 on, cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18, 0.17, its cross-entropy 0.20,
-    0.17, 0.15 above the target's, L0 47, 49, 50. w_delta 100, not 1000: subcomponents move sooner, and seeds agree
-    better; the average takes off the noise in Delta that this leaves."""
+    ours: adversary_steps=0, at four times the rate: the ascent that comes with the loss is enough. lr is 7e-3 at width
+    64, where above 5e-3 cross-entropy trades against L0. shrink 0, 1, 2: rounded KL 0.21, 0.18, 0.17, cross-entropy
+    0.20, 0.17, 0.15 above the target's, L0 47, 49, 50. w_delta 100, not 1000: subcomponents move sooner, and seeds
+    agree better; the average takes off the noise in Delta that this leaves."""
     check_matrices(model, C)
     width = statistics.mode(model.get_submodule(path).in_features for path in C)
     sizes = {"lr": 0.056 / width**0.5, "G_width": 8 * math.ceil(1.5 * width / 8), "G_blocks": max(1, len(C) // 12)}
@@ -472,10 +472,10 @@ def split(W: Tensor, C: int) -> tuple[Tensor, Tensor]:
         return Q @ W.T / length, length * Q.T
     return length * Q, (Q @ W).T / length
 
-def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config, process: int = 0) -> Training:
-    """A run at step 0: U and V of `split`, sources ~ U(0, 1) for batches like this one; for one seed equal on every
-    device, but for the last digits. process: the number of this one, where several train together. U, V and G are equal
-    in all of them, sources, data and noise are not. G: a transformer for sequences, else MLPs."""
+def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Config) -> Training:
+    """A run at step 0: U and V from `split`, sources ~ U(0, 1) for batches like this one. A seed gives the same numbers
+    on every device, but for the last digits. Processes that train together share U, V and G; sources, data and noise
+    are each one's own. G: a transformer for sequences, else MLPs."""
     device = model.get_submodule(next(iter(C))).weight.device
     _, inputs = forward_with_inputs(model, C, batch.to(device))
     positions = next(iter(inputs.values())).shape[:-1]
@@ -497,13 +497,13 @@ def initialize(model: nn.Module, C: dict[str, int], batch: Tensor, config: Confi
 
     def stream(n: int, on) -> torch.Generator:
         """A generator of its own for each use and process; none has the seed of the weights."""
-        return torch.Generator(on).manual_seed(config.seed + 1_000_003 * (4 * process + n))
+        return torch.Generator(on).manual_seed(config.seed + 1_000_003 * (4 * rank() + n))
     sources = torch.rand(*positions, sum(C.values()) + len(C), generator=stream(1, "cpu")).to(device)
     ascent = start_ascent(sources, config.adversary_lr)
     decomposition = Decomposition(U, V, G, config.bf16)
     broadcast(parameters(decomposition))  # the last digits of several processes may differ
     return Training(decomposition, copy.deepcopy(decomposition), optimizer_UV, optimizer_G, sources, ascent,
-                    stream(2, "cpu"), stream(3, device))  # fmt: skip
+                    stream(2, "cpu"), stream(3, device))
 
 def precision(device: torch.device | str, bf16: bool):
     """A context in which matrix products run in bfloat16, if `bf16`, and else in float32."""
@@ -541,7 +541,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     parameters_G = list(training.decomposition.G.parameters())
     sources = training.sources
     set_learning_rates(training, config)
-    changing = max(1, (1 - config.average) * config.steps)  # ours: for the last steps p and the price rest
+    changing = max(1, (1 - config.average) * config.steps)  # ours: after these steps p and the price rest
     elapsed = min(1, training.step / changing)
     p = config.p_start + (config.p_end - config.p_start) * elapsed
     price = config.price_start ** (1 - elapsed)
@@ -552,7 +552,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     with precision(batch.device, config.bf16):
         for _ in range(config.adversary_steps):
             loss = adversarial_reconstruction(model, U, V, g, batch, target, divergence, sources)
-            # weighted as in the total, because Adam's moments are of both
+            # weighted as in the total: Adam's moments mix it with the gradient of the loss below
             (uphill,) = torch.autograd.grad(config.w_adversarial * loss, sources)
             ascend(training.ascent, sources, uphill)
         noise = training.noise_generator
@@ -564,7 +564,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     loss_delta = relative_delta(model, U, V)
     total = (config.w_stochastic * loss_stochastic + config.w_adversarial * loss_adversarial
              + price * (config.w_importance * loss_importance + config.w_frequency * loss_frequency)
-             + config.w_delta * loss_delta)  # fmt: skip
+             + config.w_delta * loss_delta)
     training.optimizer_UV.zero_grad()
     training.optimizer_G.zero_grad()
     total.backward(inputs=[*parameters_UV, *parameters_G, sources])
@@ -575,7 +575,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
     values = {"stochastic": loss_stochastic, "adversarial": loss_adversarial, "importance_minimality": loss_importance,
               "frequency_minimality": loss_frequency, "relative_delta": loss_delta,
               "L0": (g > 0).sum(-1).float().mean(),
-              "gradient of U and V": norm_UV, "gradient of G": norm_G}  # fmt: skip
+              "gradient of U and V": norm_UV, "gradient of G": norm_G}
     numbers = finite_numbers(values, target, training.step)
     ascend(training.ascent, sources, sources.grad)  # one more step up: its gradient is there anyway
     training.optimizer_UV.step()
@@ -588,7 +588,7 @@ def training_step(model, batch: Tensor, divergence: Divergence, training: Traini
 @torch.enable_grad()
 def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Generator], Tensor],
               divergence: Divergence, config: Config = Config(), out: str | Path | None = None,
-              checkpoint_seconds: float = 60) -> Decomposition:  # fmt: skip
+              checkpoint_seconds: float = 60) -> Decomposition:
     """Decompose the `nn.Linear`s named by the keys of C into C[path] subcomponents each.
 
     model: in eval mode, on the device to be used; called as model(batch). Its parameters are never changed.
@@ -603,7 +603,7 @@ def decompose(model: nn.Module, C: dict[str, int], get_batch: Callable[[torch.Ge
     or a loss is not finite."""
     first = get_batch(torch.Generator().manual_seed(config.seed))
     check_target(model, C, first, divergence)
-    training = initialize(model, C, first, config, rank())
+    training = initialize(model, C, first, config)
     device = training.noise_generator.device
     folder = Path(out).expanduser() if out else None
     with own_folder(folder):
@@ -648,7 +648,7 @@ def count_subcomponents(importances: list[dict[str, Tensor]]) -> dict[str, dict]
         l0 = (g > 0).sum(-1).float().mean().item()
         l0_above = (g > 0.1).sum(-1).float().mean().item()
         matrices[path] = {"C": len(mean), "alive": int((mean > ALIVE).sum()), "L0": l0, "L0 above 0.1": l0_above,
-                          "mean_importance": mean.tolist()}  # fmt: skip
+                          "mean_importance": mean.tolist()}
     return matrices
 
 def evaluation_masks(masking: str, g: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -671,12 +671,12 @@ def evaluation_masks(masking: str, g: dict[str, Tensor], generator: torch.Genera
 
 @torch.enable_grad()  # `evaluate` runs without gradients
 def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], divergence: Divergence, positions=(),
-                    movable=None, seed=0, steps=80, size=0.1) -> list[float]:  # fmt: skip
-    """The attack ([VPD] section 6): the largest divergence within 0, 1, ... steps of `size` along the gradient's sign,
-    from random sources. (The last may be smaller: such steps overshoot.) cases: (batch, target output, g) of equal
-    batches. movable: bools (*positions, K), or all. Delta's mask is its source, as in training, and moves, too.
+                    movable=None, seed=0, steps=80, size=0.1) -> list[float]:
+    """The attack ([VPD] section 6): random sources take `steps` steps of `size` along the sign of the gradient. Returns
+    the largest divergence so far, after 0, 1, ... steps: a step can overshoot, so the last need not be the largest.
+    cases: (batch, target output, g), of one shape. movable: bools (*positions, K), which sources move; None: all.
     positions: () for ONE source per mask, the same at all positions, which finds systematic flaws and not the noise of
-    single inputs; the shape of the positions for one at each."""
+    single inputs; the shape of the positions for one at each. Delta's mask is its source, as in training."""
     U, V = decomposition.U, decomposition.V
     device = next(iter(U.values())).device
     K = sum(len(u) + 1 for u in U.values())
@@ -699,17 +699,18 @@ def fresh_adversary(model, decomposition: Decomposition, cases: list[tuple], div
 
 @torch.no_grad()
 def evaluate(model, decomposition, batches: list[Tensor], divergence: Divergence, seed: int = 0, loss=None,
-             attack_steps: int = 80) -> dict:  # fmt: skip
+             attack_steps: int = 80) -> dict:
     """What every decomposition reports, as a dict for JSON: {"figures": {name: number}, "matrices": see
-    `count_subcomponents`, "attack": see `fresh_adversary`}. batches: the evaluation set, of one shape. The figures:
-    sums over all matrices, the divergence from the target by masking and under attack, and how large Delta is. With
-    loss(batch, output) -> scalar (the target's training loss), also how far it is above that of the target.
+    `count_subcomponents`, "attack": see `fresh_adversary`}. batches: the evaluation set, of one shape and on the
+    model's device. The figures: sums over all matrices, the divergence from the target by masking and under attack, and
+    how large Delta is. With loss(batch, output) -> scalar (the target's training loss), also how far it is above that
+    of the target.
 
-    The attack sees a quarter of the batches. That saves more than half of the time, and the figure is a little higher:
-    sources that serve fewer inputs fit them better. Keeps outputs and importances of all batches. Raises BadInput if
-    their shapes differ."""
+    The attack sees a quarter of the batches, which saves more than half of the time. On the laptop preset its figure is
+    a little higher than on all: sources that serve fewer inputs fit them better. Keeps outputs and importances of all
+    batches. Raises BadInput if there are none, or their shapes differ."""
     shapes = {batch.shape for batch in batches}
-    reject_if(len(shapes) != 1, "the evaluation batches differ in shape: give equal ones")
+    reject_if(len(shapes) != 1, "give at least one evaluation batch, and all of one shape")
     cases = [(batch, *predict_importances(model, decomposition, batch)) for batch in batches]
     matrices = count_subcomponents([g for _, _, g in cases])
     figures = collections.defaultdict(float)
@@ -752,8 +753,8 @@ def table(metrics: dict) -> str:
     return "\n".join(lines)
 
 def verdict(metrics: dict) -> str:
-    """Is the decomposition of these metrics (of `evaluate`) one to be trusted? A line for each figure, in the order to
-    mend them: what it is, what it should be, and if it is not, which setting to change."""
+    """Can the decomposition of these metrics (of `evaluate`) be trusted? A line for each figure, in the order to mend
+    them: its value, then "good", or the largest value that would be and the setting to change."""
     figures = metrics["figures"]
     ablated = figures["divergence, ablated"]
     stochastic = figures["divergence, stochastic"]
@@ -783,7 +784,7 @@ def cut_forward(model, decomposition: Decomposition, masks: dict, batch: Tensor,
     writes = {}
     def cut(path, module, x, output):
         if path in U:
-            activations[path] = x @ V[path] * U[path].norm(dim=-1)
+            activations[path] = subcomponent_activations({path: x}, U, V)
             output = masked_linear(module, x, output, U[path], V[path], masks[path])
         writes[path] = output.detach().requires_grad_()
         return writes[path]
@@ -802,7 +803,7 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
     attributed = {}
     for (path, write), gradient in zip(writes.items(), gradients):
         if gradient is None:
-            continue  # it runs after value
+            continue  # value does not depend on it
         of_write = (gradient * write).sum(-1, keepdim=True)
         attributed[path] = of_write
         if path in decomposition.U:
@@ -813,7 +814,7 @@ def attributions(value: Tensor, decomposition: Decomposition, masks: dict, activ
 
 @torch.enable_grad()
 def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tensor, outcome: Callable, embeddings=(),
-                      share: float = 0.0) -> dict:  # fmt: skip
+                      share: float = 0.0) -> dict:
     """The attribution graph of one input (1, T): who contributes directly to whom, and to outcome(output), a scalar of
     the last position. Masks: the importances g themselves, without Delta.
 
@@ -854,7 +855,7 @@ def attribution_graph(model, decomposition: Decomposition, g: dict, batch: Tenso
 
 @torch.enable_grad()
 def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Callable, cost_per_node: float,
-          stochastic=True, adversarial=True, steps: int = 300, seed: int = 0) -> dict[str, Tensor]:  # fmt: skip
+          stochastic=True, adversarial=True, steps: int = 300, seed: int = 0) -> dict[str, Tensor]:
     """Which of the subcomponents that are active on `batch` does one behaviour need? New causal importances, like g.
 
     They stay 0 where g is 0. Where g > 0 (a node) they start at g, and learn to keep loss(output), a scalar, low, at
@@ -865,7 +866,7 @@ def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Cal
     active = z.detach() > 0
     optimizer = torch.optim.AdamW([z], lr=0.05, weight_decay=0)
     generator = torch.Generator(batch.device).manual_seed(seed)
-    sources = torch.rand(z.shape, generator=torch.Generator().manual_seed(seed)).to(batch.device)
+    sources = torch.rand(z.shape, generator=generator, device=batch.device)
     ascent = start_ascent(sources, lr=0.1)
     for step in range(steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -882,7 +883,7 @@ def prune(model, decomposition: Decomposition, g: dict, batch: Tensor, loss: Cal
             for masks in maskings or [pruned]:
                 by_matrix = by_path(masks, decomposition.U)
                 losses.append(loss(masked_forward(model, decomposition.U, decomposition.V, by_matrix, batch)))
-        kept = (upper_leaky(z) * active + 1e-12).sqrt().sum()  # charge^p, p = 0.5: few are left, and these near 1
+        kept = (upper_leaky(z) * active + 1e-12).sqrt().sum()  # as in loss 3, p = 0.5: few stay, near 1
         total = sum(losses) / len(losses) + cost_per_node * kept
         z.grad = None
         total.backward(inputs=[z, sources])
@@ -995,9 +996,9 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
     type_name = type(batch).__name__
     reject_if(not isinstance(batch, Tensor), f"a batch is a {type_name}: make get_batch return one tensor")
     batch = batch.to(model.get_submodule(next(iter(C))).weight.device)
-    copy = batch.clone()
+    before = batch.clone()
     target, inputs = forward_with_inputs(model, C, batch)
-    reject_if(not batch.equal(copy), "the model changes its batch in place: let it work on a copy, x = x.clone()")
+    reject_if(not batch.equal(before), "the model changes its batch in place: let it work on a copy, x = x.clone()")
     reject_if(not isinstance(target, Tensor), f"the model returns a {type(target).__name__}: make it return one tensor")
     reject_if(not target.isfinite().all(), "the target model's output is not finite: look at the model and the data")
     positions = {tuple(x.shape[:-1]) for x in inputs.values()}
@@ -1034,20 +1035,19 @@ def check_target(model: nn.Module, C: dict[str, int], batch: Tensor, divergence:
 def versions(device: torch.device) -> dict:
     """What a result depends on to the last bit, beside the settings."""
     return {"python": sys.version.split()[0], "torch": str(torch.__version__), "device": device.type,
-            "threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}  # fmt: skip
+            "threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}
 
 @contextlib.contextmanager
 def own_folder(folder: Path | None, name: str = "training.lock"):
     """Inside, the folder, which is made, belongs to this process: another gets BadInput. A kill frees it."""
+    if folder and rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
     if not folder or not fcntl or rank() > 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "a") as lock:
-        try:
+        with refusing(BlockingIOError, f"{folder} is in use by another process", "wait, or choose another folder"):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"{folder} is in use by another process: wait, or choose another folder") from None
         try:
             yield
         finally:
@@ -1093,7 +1093,7 @@ def save_checkpoint(folder: Path, training: Training) -> None:
     """Write all of `training` to checkpoint.pt, and the length of the log, so that a resumed run continues it. Process
     0 writes for all of them."""
     own = {"sources": training.sources, "ascent": training.ascent.state_dict(),
-           "data": training.data_generator.get_state(), "noise": training.noise_generator.get_state()}  # fmt: skip
+           "data": training.data_generator.get_state(), "noise": training.noise_generator.get_state()}
     each = [own]
     if world_size() > 1:
         each = [None] * world_size() if rank() == 0 else None
@@ -1103,7 +1103,7 @@ def save_checkpoint(folder: Path, training: Training) -> None:
                  "optimizer_UV": training.optimizer_UV.state_dict(), "optimizer_G": training.optimizer_G.state_dict(),
                  "each process": each, "versions": versions(training.sources.device),
                  "step": training.step, "seconds": training.seconds,
-                 "log_bytes": (folder / "log.jsonl").stat().st_size}  # fmt: skip
+                 "log_bytes": (folder / "log.jsonl").stat().st_size}
         with atomic_write(folder / "checkpoint.pt") as file:
             torch.save(state, file)
 
@@ -1188,7 +1188,7 @@ def log_step(values: dict[str, float], training: Training, config: Config, folde
     line = f"step {step}/{config.steps}  {(config.steps - step) / rate:.0f} s left  {rate:.3g} steps/s"
     for name, x in values.items():
         if not name.startswith("gradient"):
-            line += f"  {name.split('_')[0]} {x:.4g}"
+            line += f"  {name.replace('_', ' ')} {x:.4g}"
     if folder:
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps({"step": step, "seconds": training.seconds, **values}) + "\n")
