@@ -872,8 +872,9 @@ def draw_circuit(of: Reading, result: dict, file: Path) -> None:
     place = {}  # of each node
     for (path, position), inside in cells.items():
         row = rows.index(path)
-        for i, n in enumerate(inside):  # side by side within the cell
-            place[n] = (position + 0.8 * ((i + 0.5) / len(inside) - 0.5), row)
+        for i, n in enumerate(inside):  # side by side within the cell; many in two lines
+            line = 0.5 * (i % 2 - 0.5) if len(inside) > 4 else 0
+            place[n] = (position + 0.8 * ((i + 0.5) / len(inside) - 0.5), row + line)
             number = nodes[n]["subcomponent"] if path in of.decomposition.U else " "
             box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "gray"}
             axis.text(*place[n], number, fontsize=7, ha="center", va="center", bbox=box, zorder=2)
