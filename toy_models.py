@@ -227,12 +227,13 @@ def train_target(toy: Toy, model: nn.Module, seed: int, steps: int) -> None:
 
 def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tuple[nn.Module, float]:
     """The trained target model of a run folder, made and saved there (target.pt) if it is not, and the seconds that its
-    training took. Raises BadInput if the folder holds another run or a damaged target.pt."""
+    training took. Raises BadInput if there is no such device, or the folder holds another run or a damaged file."""
     path = out / "target.pt"
     wanted = {"toy": asdict(toy), "seed": seed}
     torch.manual_seed(seed)
+    model = toy.model()
     with vpd.refusing((RuntimeError, AssertionError), f"there is no device {device!r} here", "leave out --device"):
-        model = toy.model().to(device)
+        model.to(device)
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         with vpd.atomic_write(path) as file:  # opened before the training: a folder that takes no file ends it here

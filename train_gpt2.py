@@ -2,9 +2,9 @@
 
     python train_gpt2.py                                    # everything, on the source of Python's standard library
     python train_gpt2.py --data my.txt --out runs/mine      # any UTF-8 text
-    python train_gpt2.py --data corpus.bin                  # token ids (nanoGPT's format), memory-mapped
+    python train_gpt2.py --data ids.bin --out runs/ids      # token ids (nanoGPT's format), memory-mapped
     python train_gpt2.py --init-from runs/laptop --C 2 --out runs/C-2           # decompose the same target differently
-    python train_gpt2.py --init-from gpt2 --data my.txt     # decompose a GPT-2 from its folder, as downloaded
+    python train_gpt2.py --init-from gpt2 --data my.txt --out runs/gpt2         # a GPT-2 from its folder, as downloaded
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset paper --data pile.bin
     python train_gpt2.py --report "def __init__("           # read the finished run: the page of all subcomponents
     python train_gpt2.py --circuit "def __init__(" [--token self]
@@ -122,7 +122,7 @@ class GPT(nn.Module):
         return (self.norm(x) @ self.tokens.weight.T).to(x.dtype)  # float32 as the stream, under autocast too
 
 def subcomponents(model: GPT, factor: float) -> dict[str, int]:
-    """Into how many subcomponents each matrix is decomposed, {path: C}. Factor 1: about as many as [VPD] has."""
+    """Into how many subcomponents each matrix is decomposed, {path: C}. Factor 1: 0.7 (d_in + d_out) into each."""
     C = {}
     for path, module in model.named_modules():
         if path.endswith(MATRICES):
@@ -859,7 +859,7 @@ def circuit(of: Reading, ids: Tensor, token: int | None = None) -> dict:
 
 def draw_circuit(of: Reading, result: dict, file: Path) -> None:
     """The attributions of a `circuit` with over 5 % of all into their target. Positions across, matrices up; a part is
-    its number."""
+    its number, an embedding or the outcome an empty box."""
     nodes = result["pruned_graph"]["nodes"]
     edges = [edge for edge in result["pruned_graph"]["edges"] if edge["share"] > 0.05]
     texts = [repr(of.decode([i])) for i in result["ids"]]
@@ -867,7 +867,8 @@ def draw_circuit(of: Reading, result: dict, file: Path) -> None:
     cells = collections.defaultdict(list)  # (matrix, position) -> its nodes
     for n in sorted({edge["source"] for edge in edges} | {edge["target"] for edge in edges}):
         cells[nodes[n]["matrix"], nodes[n]["position"]].append(n)
-    figure = matplotlib.figure.Figure((max(7, 1.5 * len(texts)), 1 + 0.45 * len(rows)), layout="constrained")
+    across = max(1.5, 0.18 * max(len(inside) for inside in cells.values()))  # inches of a position
+    figure = matplotlib.figure.Figure((max(7, across * len(texts)), 1 + 0.45 * len(rows)), layout="constrained")
     axis = figure.subplots()
     place = {}  # of each node
     for (path, position), inside in cells.items():
