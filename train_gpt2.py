@@ -681,9 +681,9 @@ def clearness(tokens: Tensor, usual: Tensor, fires: Tensor) -> float:
 
 @torch.enable_grad()
 def flows(of: Reading, parts: list[tuple[str, int]]) -> dict[str, dict]:
-    """How much subcomponents (path, c) add directly to each other's activation, summed over where the target fires in
-    the first SOME tokens ([VPD]'s dataset-aggregated attributions): {name: {"sources": [(sum, name)], "targets"}}, the
-    strongest first."""
+    """How much subcomponents (path, c) add directly to each other's activation, summed over where the target fires, of
+    the first SOME tokens ([VPD]'s dataset-aggregated attributions), strongest first: {name: {"sources": [(sum, name)],
+    "targets"}}."""
     U = of.decomposition.U
     total = collections.defaultdict(float)  # (path of the source, name of the target) -> (C,)
     some = SOME * 12 // len(U) // of.batches[0].numel()  # SOME for 12 matrices; for more matrices less text
@@ -867,7 +867,7 @@ def draw_circuit(of: Reading, result: dict, file: Path) -> None:
     cells = collections.defaultdict(list)  # (matrix, position) -> its nodes
     for n in sorted({edge["source"] for edge in edges} | {edge["target"] for edge in edges}):
         cells[nodes[n]["matrix"], nodes[n]["position"]].append(n)
-    across = max(1.5, 0.18 * max(len(inside) for inside in cells.values()))  # inches of a position
+    across = max(1.5, 0.18 * max((len(inside) for inside in cells.values()), default=0))  # inches of a position
     figure = matplotlib.figure.Figure((max(7, across * len(texts)), 1 + 0.45 * len(rows)), layout="constrained")
     axis = figure.subplots()
     place = {}  # of each node
