@@ -1,6 +1,6 @@
 """Toy models with known mechanisms: train one, decompose it with VPD, score it against the truth, and draw it.
 
-    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; half a minute
+    python toy_models.py                                  # tms_5-2, into runs/tms_5-2; 20 seconds
     python toy_models.py tms_40-10 --seed 3 --out runs/tms40
     python toy_models.py tms_5-2 --without adversarial    # one loss removed: what breaks?
 
@@ -232,7 +232,7 @@ def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tu
     wanted = {"toy": asdict(toy), "seed": seed}
     torch.manual_seed(seed)
     model = toy.model()
-    with vpd.refusing((RuntimeError, AssertionError), f"there is no device {device!r} here", "leave out --device"):
+    with vpd.refusing((RuntimeError, AssertionError), f"there is no device {device!r} here", "give --device cpu"):
         model.to(device)
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -241,7 +241,7 @@ def target_of_run(toy: Toy, seed: int, steps: int, out: Path, device: str) -> tu
             if not toy.length:  # the weights of induction are set by hand
                 train_target(toy, model, seed, steps)
             torch.save({"wanted": wanted, "model": model.state_dict(), "seconds": time.monotonic() - began}, file)
-    with vpd.refusing(Exception, f"{path} is damaged or no toy model", "delete it, or choose another --out"):
+    with vpd.refusing(Exception, f"{path} is damaged or no toy model", "choose another --out, or delete it"):
         saved = torch.load(path, map_location=device, weights_only=True)
         held = f"{saved['wanted']['toy']['name']} of seed {saved['wanted']['seed']}"
     vpd.reject_if(saved["wanted"] != wanted, f"{out} holds {held}: choose another --out, or delete it")

@@ -788,7 +788,7 @@ def report(of: Reading, file: str | Path, prompts: list[Tensor] = ()) -> str:
             sections.append(entry(of, path, c, side, (ids, g, a), raised, flow[f"{path}:{c}"]))
     head = PAGE.replace("ROWS", "\n".join(rows)).replace("MOST", str(SHOWN // len(g)))
     write(Path(file), head + "\n".join(sections))
-    return f"the page of {len(order)} subcomponents is {file}"
+    return f"the page of the {len(order)} subcomponents that fire is {file}"
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>The parts of a language model</title><style>
@@ -815,8 +815,8 @@ mark { background: color-mix(in srgb, light-dark(#ff9a1f, #a85d00) var(--g), tra
 <p>Every weight matrix of this model was written as a sum of <em>parts</em>, each of which reads one direction and
 writes one. A part is <em>on</em> at a token where its causal importance exceeds 0, and <em>fires</em> where it exceeds
 0.1. Those that are off can be taken away there, in any combination, and the prediction hardly changes; L0 is how many
-are on at a token. Of each matrix, at most MOST parts follow, first those whose tokens say most clearly when they
-fire.</p>
+are on at a token. Of those that ever fire here, at most MOST of each matrix follow, first those whose tokens say most
+clearly when.</p>
 <table><tr><th>matrix<th>alive<th>of<th>L0
 ROWS</table>
 """
@@ -907,7 +907,7 @@ def circuits(run: Run, prompts: list[str], token_text: str | None) -> str:
         prompt = of.decode(result["ids"])
         predicted = of.decode([result["token"]])
         target = f"cross-entropy of the target {result['target']:.3f}"
-        lines.append(f"{prompt!r}, then {predicted!r}: {target}; after pruning")
+        lines.append(f"{prompt!r}, then {predicted!r}: {target}; that of what pruning leaves (the last is drawn):")
         lines.append(" " * 27 + "".join(f"{column:>12s}" for column in result["prunings"]["not pruned"]))
         for name, judged in result["prunings"].items():
             lines.append(f"{name:27s}" + "".join(f"{x:12.4g}" for x in judged.values()))
@@ -956,11 +956,13 @@ def choose_precision(device: str) -> None:
 def start_process(device: str) -> str:
     """Make this process ready, under torchrun one of several. Returns its device. Raises BadInput if there is none."""
     local_rank = os.environ.get("LOCAL_RANK")  # set by torchrun
-    with vpd.refusing((RuntimeError, AssertionError), f"there is no device {device!r} here", "leave out --device"):
+    try:
         if device == "cuda" and local_rank:
             device = f"cuda:{local_rank}"
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise vpd.BadInput(f"there is no device {device!r} here: give --device cpu, or leave it out") from None
     if local_rank:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     choose_precision(device)

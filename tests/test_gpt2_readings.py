@@ -45,7 +45,7 @@ def test_the_page_has_an_entry_for_every_subcomponent_that_fires_and_no_token_br
     names = []
     for path in g:
         names += [f"{path}:{c}" for c in range(g[path].shape[-1]) if (g[path][..., c] > 0.1).any()]
-    assert entries(run).keys() == set(names) and f"the page of {len(names)} subcomponents" in printed
+    assert entries(run).keys() == set(names) and f"the page of the {len(names)} subcomponents" in printed
     assert {link.removeprefix("#") for link in re.findall('href="(.*?)"', text)} <= {*names, *g}
     for shown in re.findall("<code>(.*?)</code>", text):
         assert html.escape(html.unescape(shown)) == shown
@@ -120,8 +120,8 @@ def test_the_readmes_language_model_of_your_own_is_decomposed_and_read(run, tmp_
         return gpt.sample(run.ids, 16, 4, False, generator)
     names = {"torch": torch, "vpd": vpd, "model": run.model, "batch": batch, "ids": ids, "decode": run.tokenizer.decode}
     exec(short, names)
-    assert "h.1.mlp.down" in (tmp_path / "report.html").read_text()
-    saved = np.load(tmp_path / "batch.npz")
+    assert "h.1.mlp.down" in (tmp_path / "runs" / "gpt" / "report.html").read_text()
+    saved = np.load(tmp_path / "runs" / "gpt" / "batch.npz")
     assert saved["importances"].shape == saved["activations"].shape == (*ids.shape, sum(run.C.values()))
 
 def test_another_decomposition_of_the_same_target_is_made_from_its_folder(run, tmp_path, command):
